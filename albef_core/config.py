@@ -1,0 +1,185 @@
+"""What a user can turn in the science: sizes, text, objectives, recipe, optimizer. Standard library only."""
+
+from dataclasses import dataclass
+
+from albef_core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the three encoders; the defaults are the paper's `base` (section 3.1)."""
+
+    image_size: int = 256
+    """Height and width of the input picture in pixels. The paper: 256 in pre-training, 384 after."""
+    patch_size: int = 16
+    """Height and width of a ViT patch in pixels."""
+    image_width: int = 768
+    """Hidden width of the image encoder."""
+    image_layers: int = 12
+    """Transformer blocks of the image encoder."""
+    image_heads: int = 12
+    """Attention heads of the image encoder."""
+    image_mlp_ratio: float = 4.0
+    """Width of the image encoder's MLP over its hidden width."""
+    text_width: int = 768
+    """Hidden width of the text and the multimodal encoder."""
+    text_heads: int = 12
+    """Attention heads of the text and the multimodal encoder."""
+    text_mlp_width: int = 3072
+    """Width of the MLP in the text and the multimodal encoder."""
+    text_layers: int = 6
+    """Layers of the text encoder. The paper: the first 6 of BERT-base."""
+    fusion_layers: int = 6
+    """Layers of the multimodal encoder, each with cross-attention. The paper: the last 6 of BERT-base."""
+    vocab_size: int = 30522
+    """Word pieces that the embeddings hold; 0: as many as the tokenizer has."""
+    max_positions: int = 512
+    """Longest text, in tokens, that has a position embedding."""
+    feature_size: int = 256
+    """Length D of the joint feature in which ITC compares images and texts."""
+    dropout: float = 0.1
+    """Dropout of hidden states and attention in the text and the multimodal encoder."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"--image-size {self.image_size} is not a multiple of --patch-size {self.patch_size}."
+                " Choose a multiple."
+            )
+        for name in ("image", "text"):
+            width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
+            if width % heads:
+                raise InputError(
+                    f"--{name}-width {width} is not a multiple of --{name}-heads {heads}."
+                    " Choose a multiple."
+                )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is a share in [0, 1), got {self.dropout}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How a raw caption becomes token ids (section 3.4 and the published data code)."""
+
+    tokenizer: str = "bert-base-uncased"
+    """A name on the Hugging Face hub, a folder or file (vocab.txt or tokenizer.json), or `corpus`:
+    a WordPiece vocabulary learnt from the training corpus's own captions."""
+    max_words: int = 30
+    """A cleaned caption is cut to this many words."""
+    max_tokens: int = 25
+    """... and then to this many tokens, [CLS] and [SEP] included. The paper: 25."""
+    corpus_vocab_size: int = 4000
+    """Most word pieces in a vocabulary learnt with `--tokenizer corpus`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Each deviation from the published code, one field each; `paper_2021` has every one off.
+
+    The defaults are `corrected`. Every field is True where the flaw is mended.
+    """
+
+    image_id_positives: bool = True
+    """ITC targets and ITM negatives know image ids, because two captions of one photograph are not
+    each other's negatives; the published code takes only the diagonal as positive."""
+    empty_queue: bool = True
+    """Queues start empty and masked, because random unit vectors are negatives that teach nothing;
+    the published code starts with them."""
+    keep_sep: bool = True
+    """Captions end in [SEP] as BERT was trained to expect; the published tokenizer drops it."""
+    words_only: bool = True
+    """The random tokens of masking are words, because a random [PAD] or [CLS] inside a caption never
+    occurs; the published code draws from the whole vocabulary."""
+    guard_empty: bool = True
+    """A batch with nothing masked has MLM loss 0, and a row without a possible negative is left out of
+    ITM; the published code returns NaN or stops."""
+    per_step_schedule: bool = True
+    """Warm-up and cosine move every step over the run; the published code steps warm-up every 100
+    iterations of epoch 0 (twice the paper's length) and the cosine once an epoch, never reaching its floor."""
+    quiet_teacher: bool = True
+    """The teacher runs without dropout, because noise in a target only blurs it; the published teacher
+    never leaves train mode."""
+    decay_weights_only: bool = True
+    """Weight decay spares the temperature, position embeddings and the class token, because pulling them
+    to zero means nothing; the published code decays all but 1-d tensors and biases."""
+
+
+def corrected() -> Recipe:
+    """The default: every known flaw of the published code mended."""
+    return Recipe()
+
+
+def paper_2021() -> Recipe:
+    """The published code exactly (salesforce/ALBEF b9727e4), quirks included."""
+    return Recipe(
+        image_id_positives=False,
+        empty_queue=False,
+        keep_sep=False,
+        words_only=False,
+        guard_empty=False,
+        per_step_schedule=False,
+        quiet_teacher=False,
+        decay_weights_only=False,
+    )
+
+
+RECIPES = {"corrected": corrected, "paper-2021": paper_2021}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The three losses, the teacher and momentum distillation (sections 3.2 and 3.3)."""
+
+    alpha: float = 0.4
+    """Weight of the teacher's soft targets in ITC and MLM, 0 to 1. The paper: 0.4."""
+    alpha_ramp_epochs: float = 1.0
+    """Epochs over which alpha rises linearly from 0. The paper: 1."""
+    teacher_momentum: float = 0.995
+    """Decay of the teacher's moving average per step. The paper: 0.995."""
+    num_slots: int = 65536
+    """Slots Q of each feature queue. The paper: 65,536."""
+    temperature: float = 0.07
+    """Starting temperature of ITC; learnt, and kept in [0.001, 0.5]."""
+    mask_share: float = 0.15
+    """Share of tokens that MLM masks: 80 % become [MASK], 10 % a random word, 10 % stay."""
+
+    def __post_init__(self) -> None:
+        for flag in ("alpha", "teacher_momentum", "mask_share"):
+            if not 0 <= getattr(self, flag) <= 1:
+                raise InputError(
+                    f"--{flag.replace('_', '-')} lies between 0 and 1, got {getattr(self, flag)}."
+                )
+        if not 0.001 <= self.temperature <= 0.5:
+            raise InputError(f"--temperature lies between 0.001 and 0.5, got {self.temperature}.")
+        if self.num_slots < 1:
+            raise InputError(f"--num-slots is a count of at least 1, got {self.num_slots}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate (section 3.4)."""
+
+    lr: float = 1e-4
+    """Peak learning rate. The paper: 1e-4 for batch 512."""
+    min_lr: float = 1e-5
+    """Where the cosine ends. The paper: 1e-5."""
+    warmup_lr: float = 1e-5
+    """Where the warm-up of the published code starts (stepwise schedule only)."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up. The paper: 1,000 (the published code takes 2,000)."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay; none on biases and norms. The paper: 0.02."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.999
+    """AdamW's decay of the gradient's square."""
+    clip_norm: float = 0.0
+    """Gradients are clipped to this total norm; 0 leaves them (the paper)."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise InputError(f"--lr is a positive rate, got {self.lr}.")
+        if not 0 <= self.min_lr <= self.lr:
+            raise InputError(
+                f"--min-lr lies between 0 and --lr ({self.lr}), got {self.min_lr}."
+            )

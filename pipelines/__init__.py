@@ -1,0 +1,1 @@
+"""Ray and MLflow around albef_core: ingest, feed, train, evaluate, track."""

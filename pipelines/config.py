@@ -1,0 +1,154 @@
+"""One frozen dataclass per job, with every knob a user can turn. Standard library only."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Build a corpus: a folder of Parquet shards and a manifest."""
+
+    source: str
+    """`shapes` for the generated set, a JSON list of images and captions, a tar of pictures with a JSON
+    list beside it, a WebDataset tar or a pattern for several (`data/*.tar`)."""
+    out: Path
+    """Folder of the new corpus; must not hold one already."""
+    images: Path | None = None
+    """Where a JSON list's pictures are: a folder or a tar. Default: beside the JSON, then `images.tar`."""
+    num_images: int = 1000
+    """Pictures to generate (`shapes` only)."""
+    wrong_captions: float = 0.0
+    """Share of generated pictures whose caption belongs to another picture (`shapes` only)."""
+    extra_words: float = 0.0
+    """Share of generated captions with words of nothing that is seen (`shapes` only)."""
+    seed: int = 0
+    """Seed of the generated set and of the order in which rows are written."""
+    max_bad_share: float = 0.5
+    """Stop when more than this share of the input is unreadable."""
+    rows_per_shard: int = 4096
+    """Images in a shard."""
+    rows_per_group: int = 256
+    """Images in a Parquet row group."""
+
+    def __post_init__(self) -> None:
+        for flag in ("wrong_captions", "extra_words", "max_bad_share"):
+            if not 0 <= getattr(self, flag) <= 1:
+                raise InputError(
+                    f"--{flag.replace('_', '-')} is a share between 0 and 1, got {getattr(self, flag)}."
+                )
+        for flag in ("num_images", "rows_per_shard", "rows_per_group"):
+            if getattr(self, flag) < 1:
+                raise InputError(
+                    f"--{flag.replace('_', '-')} is a count of at least 1, got {getattr(self, flag)}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes to a training picture (the published pre-training transform)."""
+
+    crop_scale_min: float = 0.2
+    """Smallest share of the picture's area that a random crop keeps; the largest is 1."""
+    flip: bool = True
+    """Mirror half of the pictures. Wrong where captions say left and right: the presets turn it off there."""
+    rand_ops: int = 2
+    """RandAugment operations per picture."""
+    rand_level: int = 7
+    """RandAugment's magnitude, 0 to 10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pre-train ALBEF on a corpus; every size and rate of the paper is a field."""
+
+    corpus: Path
+    """Corpus folder, as written by jobs/ingest.py."""
+    storage: Path = Path("runs")
+    """Folder for checkpoints and results of runs."""
+    name: str = ""
+    """Name of the run inside the storage; default: preset and time."""
+    steps: int | None = None
+    """Optimizer steps; or give --epochs."""
+    epochs: int | None = None
+    """Passes over the corpus; or give --steps. Default: the preset's."""
+    batch_size: int = 512
+    """Pairs in a global batch, over all workers. The paper: 512."""
+    workers: int = 1
+    """Train workers, each with its share of the batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers train: `auto` takes GPUs where the cluster has them."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 autocasts the encoders; similarities, softmax and losses stay in fp32."""
+    seed: int = 0
+    """Seed of the weights, the data order and every random choice."""
+    image_weights: str = "deit_base_patch16_224"
+    """Starting weights of the image encoder: a timm name on the hub, a local file or folder, or `random`."""
+    text_weights: str = "bert-base-uncased"
+    """Starting weights of text and multimodal encoder: a hub name, a local file or folder, or `random`."""
+    init: str = ""
+    """Start from a whole ALBEF checkpoint instead: a folder of ours or an official `ALBEF.pth`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log_every: int = 10
+    """Steps between two points of the logged curves."""
+    feed_cpus: float = 0.5
+    """CPUs of one decoding task; each worker may run as many as the cluster has left."""
+    worker_cpus: float = 0.5
+    """CPUs that each train worker holds; leave some for decoding."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the pictures read will not decode."""
+    experiment: str = "albef-pretrain"
+    """MLflow experiment of the run."""
+    register: str = "albef-pretrain"
+    """Name in the MLflow model registry under which the finished model becomes a version; empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(
+                f"--steps {self.steps} and --epochs {self.epochs} contradict each other. Give one of them."
+            )
+        if self.steps is None and self.epochs is None:
+            raise InputError("The run has no length. Give --steps or --epochs.")
+        for flag in ("steps", "epochs", "batch_size", "workers", "log_every"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise InputError(
+                    f"--{flag.replace('_', '-')} is a count of at least 1, got {value}."
+                )
+        if self.batch_size % self.workers:
+            raise InputError(
+                f"--batch-size {self.batch_size} cannot be dealt evenly to --workers {self.workers}."
+                " Choose a multiple."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate a model on a task."""
+
+    model: str
+    """A run's model folder, an official checkpoint, or a registry URI such as `models:/albef-pretrain/1`."""
+    corpus: Path
+    """Corpus of held-out pictures, as written by jobs/ingest.py."""
+    json: Path | None = None
+    """File for the results."""
+    top_k: int = 128
+    """Candidates per query that ITM re-ranks. The paper: 128 on Flickr30k, 256 on COCO."""
+    batch_size: int = 64
+    """Pairs per forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    bootstrap: int = 1000
+    """Resamplings behind the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resampling."""
+    experiment: str = "albef-evaluate"
+    """MLflow experiment, where the model does not come from a run of its own."""

@@ -1,0 +1,90 @@
+"""Named starting points of pre-training: functions that return a complete config."""
+
+from pathlib import Path
+
+from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, TextConfig
+from pipelines.config import AugmentConfig, PretrainConfig
+
+UNSET = Path("CORPUS")
+
+
+def base() -> PretrainConfig:
+    """The paper's model: ViT-B/16 at 256 px, BERT-base, queue 65,536."""
+    return PretrainConfig(corpus=UNSET, epochs=30, precision="bf16")
+
+
+def paper_4m() -> PretrainConfig:
+    """The paper's first setting: COCO, VG, SBU, CC3M; 30 epochs at batch 512 on 8 GPUs."""
+    return PretrainConfig(corpus=UNSET, epochs=30, batch_size=512, workers=8, precision="bf16")
+
+
+def paper_14m() -> PretrainConfig:
+    """The paper's second setting: the same with CC12M beside it."""
+    return PretrainConfig(corpus=UNSET, epochs=30, batch_size=512, workers=8, precision="bf16")
+
+
+def small() -> PretrainConfig:
+    """A model for one GPU or a patient CPU: 128 px, width 384, 4 + 4 text layers, random start."""
+    return PretrainConfig(
+        corpus=UNSET,
+        epochs=20,
+        batch_size=128,
+        image_weights="random",
+        text_weights="random",
+        model=ModelConfig(
+            image_size=128,
+            patch_size=16,
+            image_width=384,
+            image_layers=8,
+            image_heads=6,
+            text_width=384,
+            text_heads=6,
+            text_mlp_width=1536,
+            text_layers=4,
+            fusion_layers=4,
+            vocab_size=0,
+            max_positions=64,
+        ),
+        text=TextConfig(tokenizer="corpus"),
+        objective=ObjectiveConfig(num_slots=8192),
+        optim=OptimConfig(lr=5e-4, min_lr=1e-5, warmup_steps=200, clip_norm=1.0),
+    )
+
+
+def tiny() -> PretrainConfig:
+    """A model for laptops and tests: 64 px, width 128, 2 + 2 text layers, random start."""
+    return PretrainConfig(
+        corpus=UNSET,
+        epochs=10,
+        batch_size=64,
+        image_weights="random",
+        text_weights="random",
+        model=ModelConfig(
+            image_size=64,
+            patch_size=8,
+            image_width=128,
+            image_layers=4,
+            image_heads=4,
+            text_width=128,
+            text_heads=4,
+            text_mlp_width=512,
+            text_layers=2,
+            fusion_layers=2,
+            vocab_size=0,
+            max_positions=64,
+            feature_size=64,
+        ),
+        text=TextConfig(tokenizer="corpus"),
+        augment=AugmentConfig(crop_scale_min=0.6, flip=False, rand_ops=0),
+        objective=ObjectiveConfig(num_slots=1024),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=50, clip_norm=1.0),
+    )
+
+
+PRETRAIN = {
+    "tiny": tiny,
+    "small": small,
+    "base": base,
+    "paper-4m": paper_4m,
+    "paper-14m": paper_14m,
+}
