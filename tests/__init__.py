@@ -1,0 +1,1 @@
+"""Laws, hand-computed values and recorded numbers; the folders mirror the three packages."""
