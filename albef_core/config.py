@@ -1,4 +1,4 @@
-"""What a user can turn in the science: sizes, text, objectives, recipe, optimizer. Standard library only."""
+"""What a user can turn in the science: sizes, text, objectives, recipe, optimizer."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,8 @@ class ModelConfig:
     """Sizes of the three encoders; the defaults are the paper's `base` (section 3.1)."""
 
     image_size: int = 256
-    """Height and width of the input picture in pixels. The paper: 256 in pre-training, 384 after."""
+    """Height and width of the input picture in pixels. The paper: 256 in pre-training, 384
+    after."""
     patch_size: int = 16
     """Height and width of a ViT patch in pixels."""
     image_width: int = 768
@@ -30,7 +31,8 @@ class ModelConfig:
     text_layers: int = 6
     """Layers of the text encoder. The paper: the first 6 of BERT-base."""
     fusion_layers: int = 6
-    """Layers of the multimodal encoder, each with cross-attention. The paper: the last 6 of BERT-base."""
+    """Layers of the multimodal encoder, each with cross-attention. The paper: the last 6 of
+    BERT-base."""
     vocab_size: int = 30522
     """Word pieces that the embeddings hold; 0: as many as the tokenizer has."""
     max_positions: int = 512
@@ -43,8 +45,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise InputError(
-                f"--image-size {self.image_size} is not a multiple of --patch-size {self.patch_size}."
-                " Choose a multiple."
+                f"--image-size {self.image_size} is not a multiple of --patch-size"
+                f" {self.patch_size}. Choose a multiple."
             )
         for name in ("image", "text"):
             width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
@@ -59,7 +61,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a raw caption becomes token ids (section 3.4 and the published data code)."""
+    """How a raw caption becomes token ids (the published data code)."""
 
     tokenizer: str = "bert-base-uncased"
     """A name on the Hugging Face hub, a folder or file (vocab.txt or tokenizer.json), or `corpus`:
@@ -88,20 +90,21 @@ class Recipe:
     keep_sep: bool = True
     """Captions end in [SEP] as BERT was trained to expect; the published tokenizer drops it."""
     words_only: bool = True
-    """The random tokens of masking are words, because a random [PAD] or [CLS] inside a caption never
-    occurs; the published code draws from the whole vocabulary."""
+    """The random tokens of masking are words, because a random [PAD] or [CLS] inside a caption
+    never occurs; the published code draws from the whole vocabulary."""
     guard_empty: bool = True
-    """A batch with nothing masked has MLM loss 0, and a row without a possible negative is left out of
-    ITM; the published code returns NaN or stops."""
+    """A batch with nothing masked has MLM loss 0, and a row without a possible negative is left
+    out of ITM; the published code returns NaN or stops."""
     per_step_schedule: bool = True
     """Warm-up and cosine move every step over the run; the published code steps warm-up every 100
-    iterations of epoch 0 (twice the paper's length) and the cosine once an epoch, never reaching its floor."""
+    iterations of epoch 0 (twice the paper's length) and the cosine once an epoch, never reaching
+    its floor."""
     quiet_teacher: bool = True
-    """The teacher runs without dropout, because noise in a target only blurs it; the published teacher
-    never leaves train mode."""
+    """The teacher runs without dropout, because noise in a target only blurs it; the published
+    teacher never leaves train mode."""
     decay_weights_only: bool = True
-    """Weight decay spares the temperature, position embeddings and the class token, because pulling them
-    to zero means nothing; the published code decays all but 1-d tensors and biases."""
+    """Weight decay spares the temperature, position embeddings and the class token, because
+    pulling them to zero means nothing; the published code decays all but 1-d tensors and biases."""
 
 
 def corrected() -> Recipe:
@@ -157,7 +160,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate (section 3.4)."""
+    """AdamW and its learning rate (the paper's implementation details)."""
 
     lr: float = 1e-4
     """Peak learning rate. The paper: 1e-4 for batch 512."""
@@ -180,6 +183,4 @@ class OptimConfig:
         if self.lr <= 0:
             raise InputError(f"--lr is a positive rate, got {self.lr}.")
         if not 0 <= self.min_lr <= self.lr:
-            raise InputError(
-                f"--min-lr lies between 0 and --lr ({self.lr}), got {self.min_lr}."
-            )
+            raise InputError(f"--min-lr lies between 0 and --lr ({self.lr}), got {self.min_lr}.")

@@ -1,4 +1,4 @@
-"""The one exception for a mistake that the user can mend: jobs print it as a line and exit with 2."""
+"""The exception for a mistake that the user can mend: jobs print it and exit with 2."""
 
 
 class InputError(ValueError):

@@ -13,12 +13,13 @@ class IngestConfig:
     """Build a corpus: a folder of Parquet shards and a manifest."""
 
     source: str
-    """`shapes` for the generated set, a JSON list of images and captions, a tar of pictures with a JSON
-    list beside it, a WebDataset tar or a pattern for several (`data/*.tar`)."""
+    """`shapes` for the generated set, a JSON list of images and captions, a tar of pictures with a
+    JSON list beside it, a WebDataset tar or a pattern for several (`data/*.tar`)."""
     out: Path
     """Folder of the new corpus; must not hold one already."""
     images: Path | None = None
-    """Where a JSON list's pictures are: a folder or a tar. Default: beside the JSON, then `images.tar`."""
+    """Where a JSON list's pictures are: a folder or a tar. Default: beside the JSON, then
+    `images.tar`."""
     num_images: int = 1000
     """Pictures to generate (`shapes` only)."""
     wrong_captions: float = 0.0
@@ -38,12 +39,14 @@ class IngestConfig:
         for flag in ("wrong_captions", "extra_words", "max_bad_share"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise InputError(
-                    f"--{flag.replace('_', '-')} is a share between 0 and 1, got {getattr(self, flag)}."
+                    f"--{flag.replace('_', '-')} is a share between 0 and 1,"
+                    f" got {getattr(self, flag)}."
                 )
         for flag in ("num_images", "rows_per_shard", "rows_per_group"):
             if getattr(self, flag) < 1:
                 raise InputError(
-                    f"--{flag.replace('_', '-')} is a count of at least 1, got {getattr(self, flag)}."
+                    f"--{flag.replace('_', '-')} is a count of at least 1,"
+                    f" got {getattr(self, flag)}."
                 )
 
 
@@ -54,7 +57,8 @@ class AugmentConfig:
     crop_scale_min: float = 0.2
     """Smallest share of the picture's area that a random crop keeps; the largest is 1."""
     flip: bool = True
-    """Mirror half of the pictures. Wrong where captions say left and right: the presets turn it off there."""
+    """Mirror half of the pictures. Wrong where captions say left and right: the presets turn it
+    off there."""
     rand_ops: int = 2
     """RandAugment operations per picture."""
     rand_level: int = 7
@@ -86,9 +90,11 @@ class PretrainConfig:
     seed: int = 0
     """Seed of the weights, the data order and every random choice."""
     image_weights: str = "deit_base_patch16_224"
-    """Starting weights of the image encoder: a timm name on the hub, a local file or folder, or `random`."""
+    """Starting weights of the image encoder: a timm name on the hub, a local file or folder, or
+    `random`."""
     text_weights: str = "bert-base-uncased"
-    """Starting weights of text and multimodal encoder: a hub name, a local file or folder, or `random`."""
+    """Starting weights of text and multimodal encoder: a hub name, a local file or folder, or
+    `random`."""
     init: str = ""
     """Start from a whole ALBEF checkpoint instead: a folder of ours or an official `ALBEF.pth`."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -108,12 +114,14 @@ class PretrainConfig:
     experiment: str = "albef-pretrain"
     """MLflow experiment of the run."""
     register: str = "albef-pretrain"
-    """Name in the MLflow model registry under which the finished model becomes a version; empty: none."""
+    """Name in the MLflow model registry under which the finished model becomes a version; empty:
+    none."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise InputError(
-                f"--steps {self.steps} and --epochs {self.epochs} contradict each other. Give one of them."
+                f"--steps {self.steps} and --epochs {self.epochs} contradict each other."
+                " Give one of them."
             )
         if self.steps is None and self.epochs is None:
             raise InputError("The run has no length. Give --steps or --epochs.")
@@ -125,8 +133,8 @@ class PretrainConfig:
                 )
         if self.batch_size % self.workers:
             raise InputError(
-                f"--batch-size {self.batch_size} cannot be dealt evenly to --workers {self.workers}."
-                " Choose a multiple."
+                f"--batch-size {self.batch_size} cannot be dealt evenly to --workers"
+                f" {self.workers}. Choose a multiple."
             )
 
 
@@ -135,7 +143,8 @@ class EvaluateConfig:
     """Evaluate a model on a task."""
 
     model: str
-    """A run's model folder, an official checkpoint, or a registry URI such as `models:/albef-pretrain/1`."""
+    """A run's model folder, an official checkpoint, or a registry URI such as
+    `models:/albef-pretrain/1`."""
     corpus: Path
     """Corpus of held-out pictures, as written by jobs/ingest.py."""
     json: Path | None = None

@@ -1,0 +1,37 @@
+"""What one training step receives, and how pixels become numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from albef_core.preprocess import MEAN, STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """B image-caption pairs, augmented, tokenized and masked; all tensors on one device."""
+
+    images: Float[Tensor, "B 3 R R"]
+    """Normalized pictures."""
+    token_ids: Int[Tensor, "B L"]
+    """Captions, padded with id 0 where the mask is False."""
+    attention_mask: Bool[Tensor, "B L"]
+    """True on every token that is not padding."""
+    masked_ids: Int[Tensor, "B L"]
+    """The captions as MLM sees them: some words replaced."""
+    mlm_labels: Int[Tensor, "B L"]
+    """The original id where MLM is scored, -100 elsewhere."""
+    image_ids: Int[Tensor, " B"]
+    """Identity of each photograph: equal numbers are the same picture."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def normalize(images: UInt8[Tensor, "B R R 3"]) -> Float[Tensor, "B 3 R R"]:
+    """Turn 8-bit pixels, channels last, into the encoder's range (CLIP's mean and deviation)."""
+    mean = torch.tensor(MEAN, device=images.device) * 255
+    std = torch.tensor(STD, device=images.device) * 255
+    return images.permute(0, 3, 1, 2).float().sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))

@@ -1,0 +1,73 @@
+"""The image encoder: a ViT from timm's blocks, at any resolution."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from albef_core.config import ModelConfig
+
+
+class ImageEncoder(nn.Module):
+    """ViT that returns the [CLS] token and every patch (ALBEF section 3.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.image_width
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(
+            config.image_size, config.patch_size, embed_dim=width, strict_img_size=False
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, width))
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.image_heads,
+                config.image_mlp_ratio,
+                qkv_bias=True,
+                norm_layer=norm,  # pyright: ignore[reportArgumentType]  # timm calls it as a factory
+            )
+            for _ in range(config.image_layers)
+        )
+        self.norm = norm(width)
+        self.apply(_initialize)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
+        """Encode pictures whose side is a multiple of the patch; [CLS] comes first."""
+        patches = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = tokens + resize_position_embeddings(self.pos_embed, num_patches=patches.shape[1])
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+def resize_position_embeddings(
+    embeddings: Float[Tensor, "1 K W"], *, num_patches: int
+) -> Float[Tensor, "1 L W"]:
+    """Interpolate the patches' position embeddings to another square grid; [CLS]'s stays.
+
+    Bicubic without antialiasing, as the published `interpolate_pos_embed` does.
+    """
+    old, new = math.isqrt(embeddings.shape[1] - 1), math.isqrt(num_patches)
+    if old == new:
+        return embeddings
+    cls_token, patches = embeddings[:, :1], embeddings[:, 1:]
+    grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([cls_token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,36 @@
+"""The teacher: a moving average of the student; and the ramp of alpha, the weight of its advice."""
+
+import torch
+
+from albef_core.config import ModelConfig
+from albef_core.model import ALBEF, Encoders
+
+
+class Teacher(Encoders):
+    """Momentum encoders whose features fill the queues and whose softmax softens the targets.
+
+    Averages both encoders, both projections, the multimodal encoder and the MLM head (ALBEF section
+    3.2). Its weights take no gradient and move only through `follow`.
+    """
+
+    def __init__(self, config: ModelConfig, student: ALBEF) -> None:
+        super().__init__(config)
+        self.load_state_dict(student.state_dict(), strict=False)
+        self.to(student.temperature.device).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, student: ALBEF, *, momentum: float) -> None:
+        """Move every weight towards the student's: `momentum` of the old, the rest of the new."""
+        theirs = dict(student.named_parameters())
+        names, own = zip(*self.named_parameters(), strict=True)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name
+            own, [theirs[name] for name in names], 1 - momentum
+        )
+
+
+def alpha_at(step: int, *, alpha: float, ramp_steps: int) -> float:
+    """Give the soft targets' weight at a step: linear from 0 over `ramp_steps`, then constant.
+
+    The paper and the published code ramp over the first epoch.
+    """
+    return alpha * min(1.0, step / ramp_steps) if ramp_steps > 0 else alpha

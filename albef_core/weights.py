@@ -1,0 +1,350 @@
+"""Weights on disk: our own folders, official checkpoints, starting weights.
+
+Our format is safetensors with the official key names, and JSON beside it. Nothing is ever unpickled
+except by `torch.load(weights_only=True)`, which makes tensors and nothing else.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from albef_core.config import ModelConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+from albef_core.image_encoder import resize_position_embeddings
+from albef_core.model import ALBEF
+from albef_core.official import from_official, our_name, to_official
+from albef_core.pretraining import Queues
+from albef_core.teacher import Teacher
+from albef_core.tokenizer import Tokenizer
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What a file of weights gave to a model, key by key."""
+
+    source: str
+    matched: int
+    missing: tuple[str, ...] = ()
+    """Weights of the model that the file does not hold, and that may start at random."""
+    unexpected: tuple[str, ...] = ()
+    """Keys of the file that the model has no place for, and that may be left."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {self.matched} matched, {len(self.missing)} missing,"
+            f" {len(self.unexpected)} unexpected"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with all that is needed to use it."""
+
+    model: ALBEF
+    model_config: ModelConfig
+    text_config: TextConfig
+    recipe: Recipe
+    tokenizer: Tokenizer
+    report: WeightsReport
+
+
+def save_model(
+    folder: Path,
+    model: ALBEF,
+    *,
+    model_config: ModelConfig,
+    text_config: TextConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+) -> None:
+    """Write `model.safetensors`, `config.json` and the tokenizer into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(official_state(model, model_config), folder / "model.safetensors")
+    config = {"format": FORMAT, "model": asdict(model_config), "text": asdict(text_config)}
+    text = json.dumps(config | {"recipe": asdict(recipe)}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    tokenizer.save(folder)
+
+
+def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a folder that `save_model` wrote, or an official pre-training or retrieval checkpoint.
+
+    An official file says nothing of its tokenizer: it is bert-base-uncased's, from the hub or from
+    `vocab.txt` beside the file. Raises InputError naming the file and what is wrong with it.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _load_folder(source, device)
+    state = read_official(source)
+    config = model_config_of(state)
+    model = ALBEF(config)
+    unused = ("teacher.", "queues.")
+    report = apply_weights(
+        model, state, source=str(source), may_miss=("mlm_head.",), may_add=unused
+    )
+    beside = source.with_name("vocab.txt")
+    text = TextConfig(tokenizer=str(beside) if beside.is_file() else TextConfig().tokenizer)
+    return LoadedModel(
+        model=model.to(device),
+        model_config=config,
+        text_config=text,
+        recipe=Recipe(keep_sep=False),  # trained without [SEP]
+        tokenizer=Tokenizer.load(text.tokenizer),
+        report=report,
+    )
+
+
+def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json, so this is not a model folder of ours.")
+    saved = json.loads(path.read_text())
+    if saved.get("format") != FORMAT:
+        raise InputError(f"{path}: format {saved.get('format')}; this version reads {FORMAT}.")
+    config = ModelConfig(**saved["model"])
+    model = ALBEF(config)
+    weights = folder / "model.safetensors"
+    report = apply_weights(model, from_official(read_tensors(weights)), source=str(weights))
+    return LoadedModel(
+        model=model.to(device),
+        model_config=config,
+        text_config=TextConfig(**saved["text"]),
+        recipe=Recipe(**saved["recipe"]),
+        tokenizer=Tokenizer.load(folder),
+        report=report,
+    )
+
+
+def official_state(model: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
+    """Give a student's or teacher's weights their official names, each tensor once and on the CPU.
+
+    What the official files repeat (the decoder that is the word embedding) or can be counted out
+    (position ids) is left away.
+    """
+    parameters = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    official = to_official(parameters, text_layers=config.text_layers)
+    repeated = ("position_ids", "cls.predictions.bias")
+    return {key: tensor for key, tensor in official.items() if not key.endswith(repeated)}
+
+
+def save_official(
+    path: Path, student: ALBEF, teacher: Teacher, queues: Queues, config: ModelConfig
+) -> None:
+    """Write an `ALBEF.pth` that the official code loads: all of its keys, under `model`."""
+    state = dict(student.state_dict())
+    state |= {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    state["queues.image.features"] = queues.image.features
+    state["queues.text.features"] = queues.text.features
+    state["queues.pointer"] = queues.image.pointer.reshape(1)
+    official = to_official(state, text_layers=config.text_layers)
+    torch.save(
+        {"model": {key: tensor.cpu().contiguous() for key, tensor in official.items()}}, path
+    )
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint of the official code under our names, `checkpoint['model']` unwrapped."""
+    state = read_tensors(path)
+    try:
+        return from_official(state)
+    except KeyError as error:
+        raise InputError(f"{path}: {error} is no key of an official ALBEF checkpoint.") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a flat dict of tensors from safetensors, or from torch's format without its code."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of weights.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as weights ({reason}).") from error
+    while isinstance(saved, dict) and isinstance(saved.get("model"), dict):
+        saved = saved["model"]
+    if not isinstance(saved, dict) or not all(torch.is_tensor(x) for x in saved.values()):
+        raise InputError(f"{path}: holds no dict of tensors, neither at its top nor under 'model'.")
+    return saved
+
+
+def apply_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_miss: tuple[str, ...] = (),
+    may_add: tuple[str, ...] = (),
+) -> WeightsReport:
+    """Copy weights into a model by our names; position embeddings are interpolated to fit.
+
+    `may_miss` and `may_add` are parts of names that may be absent from, or left over in, the file.
+    Anything else that does not fit raises InputError: a training never silently starts at random.
+    """
+    own = dict(model.named_parameters())
+    missing = tuple(name for name in own if name not in state)
+    left_over = [name for name in state if name not in own]
+    unexpected = tuple(name for name in left_over if name != "mlm_head.decoder.weight")
+    bad = [f"misses {n}" for n in missing if not any(part in n for part in may_miss)]
+    bad += [f"has {n}" for n in unexpected if not any(part in n for part in may_add)]
+    with torch.no_grad():
+        for name in own.keys() & state.keys():
+            value = state[name]
+            if name.endswith("pos_embed") and value.shape != own[name].shape:
+                value = resize_position_embeddings(value, num_patches=own[name].shape[1] - 1)
+            if value.shape == own[name].shape:
+                own[name].copy_(value)
+            else:
+                bad.append(f"has {name} of shape {list(value.shape)}, not {list(own[name].shape)}")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise InputError(
+            f"{source}: does not fit the model: it {', '.join(bad[:3])}{more}."
+            " Choose the preset or sizes that the weights were made with."
+        )
+    num_matched = len(own) - len(missing)
+    return WeightsReport(source=source, matched=num_matched, missing=missing, unexpected=unexpected)
+
+
+def model_config_of(state: Mapping[str, Tensor]) -> ModelConfig:
+    """Read the sizes off a checkpoint's shapes; heads are 64 wide, as in ViT-B and BERT."""
+
+    def num_layers(prefix: str) -> int:
+        return len({n.split(".")[2] for n in state if n.startswith(f"{prefix}.")})
+
+    try:
+        patches = state["image_encoder.patch_embed.proj.weight"]
+        words = state["text_encoder.word_embeddings.weight"]
+        num_patches = state["image_encoder.pos_embed"].shape[1] - 1
+        up = state["text_encoder.layers.0.mlp.up.weight"]
+        image_up = state["image_encoder.blocks.0.mlp.fc1.weight"]
+        feature_size = len(state["image_projection.weight"])
+        max_positions = len(state["text_encoder.position_embeddings.weight"])
+    except KeyError as error:
+        raise InputError(
+            f"The checkpoint has no {error}, which a pre-training or retrieval model needs."
+        ) from error
+    image_width, patch_size = patches.shape[0], patches.shape[2]
+    return ModelConfig(
+        image_size=round(num_patches**0.5) * patch_size,
+        patch_size=patch_size,
+        image_width=image_width,
+        image_layers=num_layers("image_encoder.blocks"),
+        image_heads=image_width // 64,
+        image_mlp_ratio=len(image_up) / image_width,
+        text_width=words.shape[1],
+        text_heads=words.shape[1] // 64,
+        text_mlp_width=len(up),
+        text_layers=num_layers("text_encoder.layers"),
+        fusion_layers=num_layers("multimodal_encoder.layers"),
+        vocab_size=len(words),
+        max_positions=max_positions,
+        feature_size=feature_size,
+    )
+
+
+def load_image_weights(model: ALBEF, source: str) -> WeightsReport:
+    """Start the image encoder from a ViT: a file, a folder, or a timm name on the hub.
+
+    The paper starts from DeiT's ImageNet-1k weights (section 3.1). `random` keeps the random start.
+    """
+    if source == "random":
+        return _random_start(model.image_encoder)
+    path = _local_weights(source)
+    state = read_tensors(path) if path else _timm_weights(source)
+    return apply_weights(
+        model.image_encoder,
+        state,
+        source=str(path or f"timm hub: {source}"),
+        may_add=("head", "fc_norm", "dist_token"),
+    )
+
+
+def load_text_weights(model: ALBEF, source: str) -> WeightsReport:
+    """Start text encoder, multimodal encoder and MLM head from BERT: a file, a folder, a hub name.
+
+    BERT has no cross-attention: that part starts at random, as do the heads of our own. `random`
+    keeps everything random.
+    """
+    of_bert = nn.ModuleDict(
+        {
+            "text_encoder": model.text_encoder,
+            "multimodal_encoder": model.multimodal_encoder,
+            "mlm_head": model.mlm_head,
+        }
+    )
+    if source == "random":
+        return _random_start(of_bert)
+    path = _local_weights(source) or _hub_file(source)
+    text_layers = len(model.text_encoder.layers)
+    state = {}
+    for key, tensor in read_tensors(path).items():
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+        key = key.replace("LayerNorm.beta", "LayerNorm.bias")
+        try:
+            name = our_name(f"text_encoder.{key}", text_layers=text_layers)
+        except KeyError:
+            name = key
+        if name is not None:
+            state[name] = tensor
+    return apply_weights(
+        of_bert,
+        state,
+        source=str(path),
+        may_miss=("cross_attention",),
+        may_add=("pooler", "seq_relationship"),
+    )
+
+
+def _random_start(module: nn.Module) -> WeightsReport:
+    names = tuple(name for name, _ in module.named_parameters())
+    return WeightsReport(source="random start, as asked for", matched=0, missing=names)
+
+
+def _local_weights(source: str) -> Path | None:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or source.startswith(("/", ".")):
+            raise InputError(f"{source}: no such file or folder of starting weights.")
+        return None
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{source}: holds neither model.safetensors nor pytorch_model.bin.")
+
+
+def _hub_file(name: str) -> Path:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # only when the hub is asked
+
+    try:
+        return Path(hf_hub_download(name, "model.safetensors"))
+    except Exception as error:
+        raise InputError(_unreachable(name, "text", error)) from error
+
+
+def _timm_weights(name: str) -> dict[str, Tensor]:
+    import timm  # noqa: PLC0415  # only when the hub is asked
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise InputError(_unreachable(name, "image", error)) from error
+
+
+def _unreachable(name: str, side: str, error: Exception) -> str:
+    return (
+        f"{name}: its weights could not be had from the hub ({type(error).__name__})."
+        f" Give a local file or folder with --{side}-weights, or `random` for a random start."
+    )
