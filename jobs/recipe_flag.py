@@ -1,0 +1,88 @@
+"""The `--recipe` flag, as in `paper-2021,keep_sep=true`, and the words that describe config fields."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from albef_core.config import RECIPES, Recipe
+from albef_core.errors import InputError
+
+
+def recipe_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Recipe] | None:
+    """Make `--recipe` one flag: a primitive rule for tyro's registry."""
+    if info.type is not Recipe:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME[,FIELD=BOOL...]",
+        instance_from_str=lambda words: parse_recipe(words[0]),
+        is_instance=lambda value: isinstance(value, Recipe),
+        str_from_instance=lambda recipe: [format_recipe(recipe)],
+    )
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read `paper-2021,keep_sep=true`: a recipe's name, then the fields that differ from it.
+
+    Raises:
+        InputError: no recipe or field has that name, or a value is neither true nor false.
+    """
+    name, *changes = text.split(",")
+    if name not in RECIPES:
+        names = ", ".join(RECIPES)
+        raise InputError(f"--recipe: {name!r} is none.{nearest(name, RECIPES)} There are: {names}.")
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    values: dict[str, bool] = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        field = field.strip().replace("-", "_")
+        if field not in fields:
+            raise InputError(f"--recipe: {field!r} is no field of it.{nearest(field, fields)}")
+        if value.strip().lower() not in ("true", "false"):
+            raise InputError(f"--recipe: {field} is `true` or `false`, got {value!r}.")
+        values[field] = value.strip().lower() == "true"
+    return dataclasses.replace(RECIPES[name](), **values)
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """Write a recipe as `parse_recipe` reads it: the nearest named one, then what differs."""
+
+    def differences(name: str) -> list[str]:
+        named, own = dataclasses.asdict(RECIPES[name]()), dataclasses.asdict(recipe)
+        return [f"{field}={str(own[field]).lower()}" for field in own if own[field] != named[field]]
+
+    name = min(RECIPES, key=lambda name: len(differences(name)))
+    return ",".join([name, *differences(name)])
+
+
+def recipe_help() -> str:
+    """Say what each field of a recipe mends, in the words under the fields themselves."""
+    names = " or ".join(f"`{name}`" for name in RECIPES)
+    fields = [f"- {name}: {sentence}" for name, sentence in field_docs(Recipe).items()]
+    head = f"Which flaws of the published code are mended: {names}, then fields that differ, as in"
+    return "\n".join([f"{head} `paper-2021,keep_sep=true`. Fields, true where mended:", *fields])
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """Return the sentences under the fields of a config class, by field."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    assert isinstance(tree, ast.ClassDef)
+    sentences: dict[str, str] = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(doc))
+            ):
+                sentences[name] = " ".join(doc.split())
+    return sentences
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Suggest the known word that looks most like `word`: a sentence, or "" if none does."""
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]}?" if matches else ""
