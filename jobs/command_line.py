@@ -1,6 +1,6 @@
 """The command line of every job: typed flags from a config class, presets, and how a job ends.
 
-Only this file and recipe_flag.py know tyro; importing them stays cheap, so that `--help` is instant.
+Only this file and recipe_flag.py know tyro. Importing them stays cheap, for `--help` is instant.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The `--recipe` flag, as in `paper-2021,keep_sep=true`, and the words that describe config fields."""
+"""The `--recipe` flag, as in `paper-2021,keep_sep=true`, and the words that describe a field."""
 
 import ast
 import dataclasses
