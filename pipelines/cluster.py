@@ -1,0 +1,55 @@
+"""How a job reaches Ray: joins the cluster it was submitted to, or starts one on this machine."""
+
+import logging
+import os
+import secrets
+
+import ray
+
+MIN_LOCAL_CPUS = 2
+"""A train worker and a decoding task run at once: with fewer logical CPUs the task never starts."""
+OBJECT_STORE_BYTES = 2_000_000_000
+"""Most shared memory of a local Ray; a feed keeps only a few batches in it."""
+OBJECT_STORE_SHARE = 0.3
+"""... and no more than this share of the machine's memory."""
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Connect this process to Ray; does nothing when it is connected already.
+
+    Joins the cluster when `RAY_ADDRESS` is set, as it is inside `ray job submit`. Otherwise starts
+    a local Ray without a dashboard.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray, raised to two where it is less; default: as many
+            as this process may use. A cluster that is joined keeps its own.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
+    _guard_local_ray()
+    ray.init(
+        address="local",
+        num_cpus=max(MIN_LOCAL_CPUS, num_cpus or len(os.sched_getaffinity(0))),
+        include_dashboard=False,
+        object_store_memory=_object_store_bytes(),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _guard_local_ray() -> None:
+    # Ray listens on the machine's own address and asks for a token by default. Without this one it
+    # would write a file into the home folder, which later turns authentication on for clusters
+    # that know nothing of it. (The mode itself cannot be set here: Ray read it at its import.)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _object_store_bytes() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(OBJECT_STORE_BYTES, OBJECT_STORE_SHARE * memory))
