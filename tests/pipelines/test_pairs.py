@@ -1,0 +1,121 @@
+"""What a pair is: a pure function of (seed, epoch, image), and what happens to damaged pictures."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from albef_core.captions import clean_caption
+from albef_core.errors import InputError
+from albef_core.tokenizer import Tokenizer
+from pipelines.order import epoch_order
+from pipelines.pairs import image_key, open_corpus, prepare_block
+
+COLUMNS = ("images", "token_ids", "masked_ids", "mlm_labels", "image_keys", "image_ids", "captions")
+
+
+def test_a_block_cut_in_two_holds_the_same_pairs(spec):
+    whole = prepare_block(spec, step=3, start=0, stop=32)
+    left = prepare_block(spec, step=3, start=0, stop=13)
+    right = prepare_block(spec, step=3, start=13, stop=32)
+    for name, column in whole.items():
+        assert np.array_equal(column, np.concatenate([left[name], right[name]])), name
+
+
+def test_images_come_in_the_order_of_the_epoch(spec):
+    corpus = open_corpus(spec.corpus)
+    order = epoch_order(corpus.group_rows, seed=spec.seed, epoch=1)
+    block = prepare_block(spec, step=6 + 2, start=4, stop=20)  # 203 images: 6 steps of 32 an epoch
+    expected = [corpus.read(row).image_id for row in order[2 * 32 + 4 : 2 * 32 + 20]]
+    assert block["image_ids"].tolist() == expected
+    assert block["position"].tolist() == list(range(4, 20))
+
+
+def test_a_row_is_found_across_shards_and_short_groups(spec):
+    corpus = open_corpus(spec.corpus)
+    found = [corpus.read(row).image_id for row in range(corpus.num_images)]
+    assert found == [f"picture-{number:03d}" for number in range(203)]
+
+
+def test_a_picture_looks_the_same_wherever_the_batch_size_puts_it(spec):
+    small = prepare_block(spec, step=1, start=0, stop=32)
+    large = prepare_block(replace(spec, batch_size=64), step=0, start=32, stop=64)
+    for name in COLUMNS:
+        assert np.array_equal(small[name], large[name]), name
+
+
+def test_the_next_epoch_shows_an_image_in_another_way(spec):
+    spec = replace(spec, batch_size=203)
+    first, second = (prepare_block(spec, step=epoch, start=0, stop=203) for epoch in range(2))
+    by_key = np.argsort(first["image_keys"]), np.argsort(second["image_keys"])
+    assert np.array_equal(first["image_keys"][by_key[0]], second["image_keys"][by_key[1]])
+    same = first["images"][by_key[0]] == second["images"][by_key[1]]
+    assert not same.reshape(203, -1).all(axis=1).any()
+
+
+def test_captions_are_the_images_own_and_both_get_chosen(spec):
+    corpus = open_corpus(spec.corpus)
+    block = prepare_block(replace(spec, batch_size=203), step=0, start=0, stop=203)
+    sources = {corpus.read(row).image_id: corpus.read(row).captions for row in range(203)}
+    chosen = [
+        sources[image_id].index(caption)
+        for image_id, caption in zip(block["image_ids"], block["captions"], strict=True)
+    ]
+    # 203 fair coins: four deviations.
+    assert 73 < sum(chosen) < 130
+
+
+def test_tokens_are_the_cleaned_caption_and_only_masked_words_are_scored(spec):
+    tokenizer = Tokenizer.load(spec.tokenizer)
+    block = prepare_block(spec, step=0, start=0, stop=32)
+    expected = tokenizer.encode(
+        [clean_caption(caption, max_words=30) for caption in block["captions"]],
+        max_tokens=spec.text.max_tokens,
+        keep_sep=True,
+        pad_to_max=True,
+    )
+    assert np.array_equal(block["token_ids"], expected)
+    assert block["token_ids"].dtype == block["masked_ids"].dtype == np.int32
+    is_scored = block["mlm_labels"] != -100
+    assert is_scored.any()
+    assert np.array_equal(block["mlm_labels"][is_scored], block["token_ids"][is_scored])
+    assert np.array_equal(block["masked_ids"][~is_scored], block["token_ids"][~is_scored])
+
+
+def test_the_next_image_of_the_order_stands_in_for_one_that_does_not_decode(spec, make_corpus):
+    order = epoch_order([16] * 7 + [8, 16, 16], seed=spec.seed, epoch=0)
+    corpus = make_corpus(152, broken=[order[3], order[4], order[31], order[151]])
+    broken = replace(spec, corpus=corpus.folder)
+    block = prepare_block(broken, step=0, start=0, stop=32)
+    ids = [f"picture-{row:03d}" for row in order]
+    assert block["image_ids"].tolist() == [*ids[:3], ids[5], ids[5], *ids[5:31], ids[32]]
+    assert [image_id for image_id in block["bad_ids"] if image_id] == [ids[3], ids[4], ids[31]]
+    # Three views of one picture, no two alike.
+    assert len({block["images"][index].tobytes() for index in (3, 4, 5)}) == 3
+    # The last of the epoch is followed by its first.
+    last = prepare_block(replace(broken, batch_size=152), step=0, start=150, stop=152)
+    assert last["image_ids"].tolist() == [ids[150], ids[0]]
+
+
+def test_a_corpus_that_does_not_decode_at_all_is_refused(spec, make_corpus):
+    corpus = make_corpus(70, broken=range(70))
+    with pytest.raises(InputError, match=r"64 images in a row do not decode, from 'picture-"):
+        prepare_block(replace(spec, corpus=corpus.folder), step=0, start=0, stop=8)
+
+
+def test_image_keys_fit_a_signed_64_bit_number_and_are_never_negative():
+    keys = [image_key(f"picture-{number}") for number in range(1000)]
+    assert len(set(keys)) == 1000
+    assert min(keys) >= 0
+    assert max(keys) < 2**63
+    assert image_key("") == int("e4a6a0577479b2b4", 16) >> 1  # BLAKE2b-64 of nothing
+
+
+def test_a_task_imports_no_torch():
+    code = "import sys, pipelines.feed; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
