@@ -1,4 +1,4 @@
-"""Captions to token ids: BERT's WordPiece, from the hub, from a file, or learnt from captions."""
+"""Captions to token ids: BERT's WordPiece, from the hub, from a file, or learned from captions."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +81,7 @@ class Tokenizer:
         kept = sorted(by_frequency[: max(0, vocab_size - len(SPECIAL_TOKENS)) // 4])
         if not kept:
             raise InputError(
-                f"No vocabulary of {vocab_size} pieces can be learnt from {words.total()} words."
+                f"No vocabulary of {vocab_size} pieces can be learned from {words.total()} words."
                 " Give more captions or a larger vocabulary."
             )
         # The trainer numbers continued letters in random order and breaks ties by number; naming

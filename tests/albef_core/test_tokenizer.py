@@ -154,7 +154,7 @@ def test_a_caption_of_5000_words_is_cut_to_the_room_there_is():
     assert SMALL.words(ids) == ["[CLS]", *["grass"] * 23, "[SEP]"]
 
 
-def test_a_learnt_vocabulary_starts_with_the_special_tokens():
+def test_a_learned_vocabulary_starts_with_the_special_tokens():
     assert SMALL.words(range(5)) == list(SPECIAL_TOKENS)
     assert (SMALL.pad_id, SMALL.unk_id, SMALL.cls_id, SMALL.sep_id, SMALL.mask_id) == (
         0,
@@ -166,7 +166,7 @@ def test_a_learnt_vocabulary_starts_with_the_special_tokens():
     assert SMALL.special_ids == {0, 1, 2, 3, 4}
 
 
-def test_a_learnt_vocabulary_knows_its_words_and_spells_others():
+def test_a_learned_vocabulary_knows_its_words_and_spells_others():
     assert SMALL.words(unpadded(SMALL, "Dog grass")) == ["[CLS]", "dog", "grass"]
     spelled = SMALL.words(unpadded(SMALL, "dogs"))[1:]
     assert "".join(piece.removeprefix("##") for piece in spelled) == "dogs"
@@ -174,7 +174,7 @@ def test_a_learnt_vocabulary_knows_its_words_and_spells_others():
 
 
 @given(vocab_size=st.integers(9, 200))
-def test_a_learnt_vocabulary_is_never_larger_than_asked(vocab_size):
+def test_a_learned_vocabulary_is_never_larger_than_asked(vocab_size):
     assert Tokenizer.learn(CAPTIONS, vocab_size=vocab_size).vocab_size <= vocab_size
 
 
@@ -187,8 +187,8 @@ def test_the_rarest_letters_give_way_in_a_small_vocabulary():
 def test_the_same_captions_give_the_same_vocabulary_in_another_process():
     code = (
         "import sys, json; from albef_core.tokenizer import Tokenizer\n"
-        "learnt = Tokenizer.learn(json.loads(sys.argv[1]), vocab_size=120)\n"
-        "print(json.dumps(learnt.words(range(learnt.vocab_size))))"
+        "learned = Tokenizer.learn(json.loads(sys.argv[1]), vocab_size=120)\n"
+        "print(json.dumps(learned.words(range(learned.vocab_size))))"
     )
     command = [sys.executable, "-c", code, json.dumps(CAPTIONS)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
