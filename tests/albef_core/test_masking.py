@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -30,6 +30,7 @@ def some_ids() -> st.SearchStrategy[np.ndarray]:
     )
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(token_ids=some_ids(), seed=st.integers(0, 999), words_only=st.booleans())
 def test_labels_hold_the_original_id_where_scored_and_the_rest_is_untouched(
     token_ids, seed, words_only
@@ -42,6 +43,7 @@ def test_labels_hold_the_original_id_where_scored_and_the_rest_is_untouched(
     assert masked_ids.dtype == labels.dtype == np.int32
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(token_ids=some_ids(), share=st.sampled_from([0.0, 1.0]))
 def test_every_word_is_scored_at_share_one_and_none_at_share_zero(token_ids, share):
     _, labels = masked(token_ids, share=share)

@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
@@ -105,6 +105,7 @@ def test_foreign_bytes_are_refused_with_the_reason(encoded, reason):
         decode_image(encoded)
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(
     encoded=st.binary(max_size=200), magic=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 )
@@ -179,6 +180,7 @@ def test_a_damaged_exif_block_does_not_cost_the_photograph():
     assert decode_image(encoded).shape == (24, 32, 3)
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(seed=st.integers(0, 1000))
 def test_a_square_picture_cropped_to_its_whole_area_is_only_resized(seed):
     image = gradient(32, 32)
@@ -187,6 +189,7 @@ def test_a_square_picture_cropped_to_its_whole_area_is_only_resized(seed):
     np.testing.assert_array_equal(result, resize_square(image, 16))
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(
     height=st.integers(1, 60),
     width=st.integers(1, 60),

@@ -6,7 +6,7 @@ import sys
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albef_core.captions import clean_caption, clean_question
@@ -108,6 +108,7 @@ def test_single_ids_have_the_recorded_names(bert, recorded):
     assert bert.words(map(int, names)) == list(names.values())
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(texts=st.lists(st.text(max_size=60), max_size=5), max_tokens=st.integers(3, 12))
 def test_a_caption_is_cut_between_its_first_and_its_last_special_token(texts, max_tokens):
     token_ids = SMALL.encode(texts, max_tokens=max_tokens, keep_sep=True)
@@ -173,6 +174,7 @@ def test_a_learned_vocabulary_knows_its_words_and_spells_others():
     assert SMALL.unk_id not in unpadded(SMALL, "soda")
 
 
+@settings(deadline=None)  # other processes share the cores
 @given(vocab_size=st.integers(9, 200))
 def test_a_learned_vocabulary_is_never_larger_than_asked(vocab_size):
     assert Tokenizer.learn(CAPTIONS, vocab_size=vocab_size).vocab_size <= vocab_size
