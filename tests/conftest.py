@@ -31,6 +31,16 @@ from pipelines.pairs import FeedSpec
 
 CPUS = 2
 OBJECT_STORE_BYTES = 1_000_000_000
+RAY_WARNINGS = (
+    # Ray 2.60 sets its own deprecated options whenever it makes a data set's context.
+    r"ignore:`(use_\w+|target_shuffle_max_block_size)` is deprecated",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what Ray itself does wrong; any other warning stays an error."""
+    for line in RAY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session")
