@@ -20,7 +20,7 @@ check: $(READY)  ## format, lint, types, import contracts and spelling, in under
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/typos
 
 test: $(READY)  ## every test that this machine can run, and why the others are skipped
@@ -53,7 +53,7 @@ endef
 # The Python is one that the machine has: uv is not to download another.
 $(READY): requirements.lock pyproject.toml
 	@$(FIND_UV); $(USE_PIP_INDEX); \
-	export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=$${UV_LINK_MODE:-copy}; set -x; \
+	export UV_PYTHON_DOWNLOADS=never; set -x; \
 	"$$uv" venv --quiet --allow-existing --python '>=3.11,<3.14' .venv; \
 	"$$uv" pip sync --python $(BIN)/python --require-hashes requirements.lock; \
 	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .; \

@@ -8,9 +8,22 @@ from pipelines.presets import PRETRAIN
 def main() -> None:
     config = parse_preset(PRETRAIN)
     # torch and ray come after the parse, so that --help is instant.
+    from rich.console import Console
+    from rich.table import Column, Table
+
     from pipelines.train import pretrain
 
-    pretrain(config)
+    result = pretrain(config)
+    table = Table("run", Column(config.name, overflow="fold"), title="Pre-training")
+    table.add_row("steps", f"{result.num_steps:,}")
+    table.add_row("folder", str(result.run_dir))
+    table.add_row("model", str(result.model))
+    table.add_row("registered", result.stored.uri)
+    table.add_row("MLflow run", f"{result.handle.run_id} in {result.handle.uri}")
+    table.add_row("curves", f"mlflow ui --backend-store-uri {result.handle.uri}")
+    next_command = f"python jobs/evaluate.py retrieval --model {result.model} --corpus HELD_OUT"
+    table.add_row("next", next_command)
+    Console().print(table)
 
 
 if __name__ == "__main__":

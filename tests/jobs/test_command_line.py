@@ -203,8 +203,8 @@ def test_impossible_flags_of_ingest_are_one_line(args: list[str], sentence: str)
 
 
 def test_an_unknown_task_is_named_with_the_ones_there_are() -> None:
-    with pytest.raises(InputError, match=r"'retrival' is no task\. Did you mean retrieval\?"):
-        parse_task(TASKS, args=["retrival"])
+    with pytest.raises(InputError, match=r"'retrieves' is no task\. Did you mean retrieval\?"):
+        parse_task(TASKS, args=["retrieves"])
 
 
 def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path) -> None:
