@@ -102,6 +102,9 @@ class Recipe:
     quiet_teacher: bool = True
     """The teacher runs without dropout, because noise in a target only blurs it; the published
     teacher never leaves train mode."""
+    saturate_pixels: bool = True
+    """RandAugment keeps within 0 to 255; the published AutoContrast and Sharpness overflow 8 bits,
+    which turns channels white and leaves specks."""
     decay_weights_only: bool = True
     """Weight decay spares the temperature, position embeddings and the class token, because
     pulling them to zero means nothing; the published code decays all but 1-d tensors and biases."""
@@ -122,6 +125,7 @@ def paper_2021() -> Recipe:
         guard_empty=False,
         per_step_schedule=False,
         quiet_teacher=False,
+        saturate_pixels=False,
         decay_weights_only=False,
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,9 +75,9 @@ class Itm:
     """What the matching of a batch gives: the loss, the draws, and the matrices behind them."""
 
     loss: Float[Tensor, ""]
-    logits: Float[Tensor, "3*B 2"]
-    labels: Int[Tensor, " 3*B"]
-    counts: Bool[Tensor, " 3*B"]
+    logits: Float[Tensor, "M 2"]
+    labels: Int[Tensor, " M"]
+    counts: Bool[Tensor, " M"]
     negatives: Negatives
     image_weights: Float[Tensor, "B B"]
     text_weights: Float[Tensor, "B B"]
@@ -212,6 +213,18 @@ def pretraining_step(
         teacher_image_features=teacher_image_features,
         teacher_text_features=teacher_text_features,
     )
+
+
+class PretrainingModel(nn.Module):
+    """The student behind one `forward`, which is what DistributedDataParallel averages."""
+
+    def __init__(self, student: ALBEF) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, *args: Any, **kwargs: Any) -> PretrainingStep:
+        """Run `pretraining_step` on the student."""
+        return pretraining_step(self.student, *args, **kwargs)
 
 
 NOT_SCORED = -100

@@ -50,7 +50,7 @@ def match_pairs(
     text_tokens: Float[Tensor, "B L W"],
     attention_mask: Bool[Tensor, "B L"],
     negatives: Negatives,
-) -> Float[Tensor, "3*B 2"]:
+) -> Float[Tensor, "M 2"]:
     """Give ITM logits of B true pairs, B texts with a wrong image, B images with a wrong text."""
     texts = torch.cat([text_tokens, text_tokens, text_tokens[negatives.texts]])
     masks = torch.cat([attention_mask, attention_mask, attention_mask[negatives.texts]])
@@ -58,13 +58,13 @@ def match_pairs(
     return student.itm_head(student.fuse(texts, masks, images)[:, 0])
 
 
-def itm_labels(num_pairs: int, device: torch.device) -> Int[Tensor, " 3*B"]:
+def itm_labels(num_pairs: int, device: torch.device) -> Int[Tensor, " M"]:
     """Label the rows of `match_pairs`: 1 for the true pairs, then 0 twice."""
     return (torch.arange(3 * num_pairs, device=device) < num_pairs).long()
 
 
 def itm_loss(
-    logits: Float[Tensor, "3*B 2"], labels: Int[Tensor, " 3*B"], counts: Bool[Tensor, " 3*B"]
+    logits: Float[Tensor, "M 2"], labels: Int[Tensor, " M"], counts: Bool[Tensor, " M"]
 ) -> Float[Tensor, ""]:
     """Cross-entropy of matched or not (equation 4), averaged over the rows that count."""
     losses = F.cross_entropy(logits, labels, reduction="none")
