@@ -1,0 +1,310 @@
+"""Build a corpus: read, check and commit pictures with captions, one shard a Ray task."""
+
+import hashlib
+import logging
+import pickle
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import ray
+
+from albef_core.errors import InputError
+from albef_core.preprocess import UndecodableImage, decode_image
+from pipelines.cluster import connect
+from pipelines.config import IngestConfig
+from pipelines.ingest_report import IngestReport, write_report
+from pipelines.manifest import (
+    MANIFEST_NAME,
+    SHARD_FOLDER,
+    VERSION,
+    Manifest,
+    Shard,
+    content_id,
+    read_columns,
+    write_manifest,
+    write_shard,
+)
+from pipelines.records import (
+    EMPTY_CAPTION,
+    NO_CAPTION,
+    UNDECODABLE,
+    Bad,
+    BadRecordError,
+    Listing,
+    Record,
+    count_bad,
+)
+from pipelines.sources import list_records
+
+LOG_EVERY_S = 5.0
+# Classes that do not cost a picture.
+HARMLESS = (EMPTY_CAPTION,)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work of one task: the records that become one shard."""
+
+    name: str
+    records: list[Record]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a task has done: its shard (None if no record was usable) and what was wrong."""
+
+    shard: Shard | None
+    num_records: int
+    num_captions: int
+    sources: dict[str, int]
+    bad: list[Bad]
+
+
+def ingest(
+    config: IngestConfig, *, on_progress: Callable[[int, int], None] | None = None
+) -> IngestReport:
+    """Build the corpus `config.out` from `config.source`.
+
+    Bad flags are refused before Ray is asked for; a Ray that the caller has started is used.
+    Rows are written in random order. Shards of an interrupted ingest are written again. A corpus is
+    never changed: a folder that has a manifest is refused. `on_progress` is told pictures done and
+    their total; without it both are logged.
+
+    Raises:
+        InputError: `out` or `source` will not do, or too much of the source is unusable.
+    """
+    start = time.monotonic()
+    _refuse_finished(config.out)
+    listing = list_records(config)
+    _remove(config.out, "shard-*.parquet*")  # of an interrupted ingest
+    total = len(listing.records) + sum(one.kind not in HARMLESS for one in listing.bad)
+    log.info("%s: %d pictures listed", config.source, len(listing.records))
+    bad = list(listing.bad)
+    _stop_if_mostly_bad(config, bad, total)
+    summaries = []
+    watch = on_progress or _logged_progress()
+    done = 0
+    for summary in _run(_units(config, listing), config):
+        summaries.append(summary)
+        bad += summary.bad
+        done += summary.num_records
+        watch(done, len(listing.records))
+        _stop_if_mostly_bad(config, bad, total)
+    _remove(config.out, "shard-*.parquet.*.tmp")  # of tasks whose worker died
+    manifest = _manifest(config, summaries)
+    report = IngestReport(
+        folder=config.out,
+        content_id=manifest.content_id,
+        num_images=manifest.num_images,
+        num_captions=manifest.num_captions,
+        num_shards=len(manifest.shards),
+        sources=manifest.sources,
+        bad_counts=count_bad(bad),
+        bad=bad,
+        seconds=round(time.monotonic() - start, 1),
+    )
+    if not manifest.num_images:
+        write_report(report, None)
+        raise InputError(f"{config.source}: not one usable picture. {_where(config, bad)}")
+    write_report(report, manifest)
+    write_manifest(manifest)
+    return report
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / MANIFEST_NAME).exists():
+        raise InputError(
+            f"--out {out}: holds a corpus already, and a corpus never changes."
+            " Choose another folder, or remove this one first."
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file. Choose a folder.")
+
+
+def _remove(out: Path, pattern: str) -> None:
+    for leftover in (out / SHARD_FOLDER).glob(pattern):
+        leftover.unlink()
+
+
+def _units(config: IngestConfig, listing: Listing) -> list[Unit]:
+    """Deal the records, shuffled, into units of about the same size and of whole row groups."""
+    records, group = listing.records, config.rows_per_group
+    order = np.random.Generator(np.random.Philox(key=config.seed % 2**64)).permutation(len(records))
+    num_units = -(-len(records) // config.rows_per_shard) or 1
+    size = -(-len(records) // (num_units * group)) * group or 1
+    size = min(size, config.rows_per_shard)
+    return [
+        Unit(f"shard-{number:05d}.parquet", [records[i] for i in order[start : start + size]])
+        for number, start in enumerate(range(0, len(records), size))
+    ]
+
+
+def _run(units: Sequence[Unit], config: IngestConfig) -> Iterator[Summary]:
+    """Commit every unit in a Ray task of its own; Ray repeats a task whose worker dies."""
+    if not units:
+        return
+    connect()
+    rows = [{"unit": pickle.dumps(unit)} for unit in units]
+    commit = partial(_commit_batch, folder=config.out.resolve(), rows=config.rows_per_group)
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        commit, batch_size=None, batch_format="pyarrow"
+    )
+    for row in done.iter_rows():
+        yield pickle.loads(row["summary"])
+
+
+def _commit_batch(batch: pa.Table, *, folder: Path, rows: int) -> pa.Table:
+    summaries = [
+        commit_unit(pickle.loads(unit), folder=folder, rows_per_group=rows)
+        for unit in batch["unit"].to_pylist()
+    ]
+    return pa.table({"summary": [pickle.dumps(summary) for summary in summaries]})
+
+
+def commit_unit(unit: Unit, *, folder: Path, rows_per_group: int) -> Summary:
+    """Write one shard. Doing it again gives the same shard under the same name."""
+    bad: list[Bad] = []
+    counts, num_captions = Counter[str](), 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal num_captions
+        for record in unit.records:
+            try:
+                row = _row(record, bad)
+            except BadRecordError as error:
+                bad.append(Bad(error.kind, record.image_id, str(error)))
+                continue
+            counts[row["source"]] += 1
+            num_captions += len(row["captions"])
+            yield row
+
+    shard = write_shard(folder, unit.name, rows(), rows_per_group=rows_per_group)
+    return Summary(shard, len(unit.records), num_captions, dict(counts), bad)
+
+
+def _row(record: Record, bad: list[Bad]) -> dict[str, Any]:
+    """Read and check one record; empty captions are counted in `bad` and left out.
+
+    Raises:
+        BadRecordError: it has no picture that decodes, or no caption.
+    """
+    entry = record.load()
+    captions = [_clean_unicode(text) for text in entry.captions]
+    kept = [text for text in captions if text.strip()]
+    bad += [Bad(EMPTY_CAPTION, record.image_id, "")] * (len(captions) - len(kept))
+    if not kept:
+        raise BadRecordError(NO_CAPTION, "all its captions are empty")
+    try:
+        pixels = decode_image(entry.image)
+    except UndecodableImage as error:
+        raise BadRecordError(UNDECODABLE, str(error)) from None
+    return {
+        "image": entry.image,
+        "image_id": record.image_id,
+        "captions": kept,
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+        "source": record.image_id.partition(":")[0],
+        "url": entry.url,
+        "sha256": hashlib.sha256(entry.image).digest(),
+        "phash": perceptual_hash(pixels),
+        "split": record.split,
+        "annotations": entry.annotations,
+    }
+
+
+def _clean_unicode(text: str) -> str:
+    """Normalize to NFC. Halves of surrogate pairs, which UTF-8 cannot hold, become `?`."""
+    return unicodedata.normalize("NFC", text).encode("utf-8", errors="replace").decode("utf-8")
+
+
+def perceptual_hash(pixels: np.ndarray) -> int:
+    """Hash what a uint8 RGB picture looks like: near-duplicates differ in few of the 64 bits.
+
+    One bit for each of the lowest 8 x 8 frequencies of the 32 x 32 gray picture: is it above the
+    median? (Zauner 2010, "pHash", section 3.2.1.)
+    """
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:8, :8].ravel()
+    bits = low > np.median(low[1:])  # without the mean of the picture
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
+    shards = sorted(
+        (summary.shard for summary in summaries if summary.shard), key=lambda shard: shard.name
+    )
+    sources = sum((Counter(summary.sources) for summary in summaries), Counter[str]())
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(config).items()
+        if name != "out"
+    }
+    manifest = Manifest(
+        version=VERSION,
+        content_id="",
+        num_images=sum(shard.rows for shard in shards),
+        num_captions=sum(summary.num_captions for summary in summaries),
+        rows_per_group=config.rows_per_group,
+        sources=dict(sorted(sources.items())),
+        settings=settings,
+        tool_version=_tool_version(),
+        shards=tuple(shards),
+        folder=config.out,
+    )
+    columns = ["image_id", "sha256", "captions"]
+    rows = (
+        row
+        for table in read_columns(manifest, columns)
+        for row in zip(*(table[name].to_pylist() for name in columns), strict=True)
+    )
+    return replace(manifest, content_id=content_id(rows))
+
+
+def _tool_version() -> str:
+    try:
+        return version("albef")
+    except PackageNotFoundError:  # a working directory that Ray has copied to a cluster
+        return "not installed"
+
+
+def _stop_if_mostly_bad(config: IngestConfig, bad: list[Bad], total: int) -> None:
+    num_bad = sum(one.kind not in HARMLESS for one in bad)
+    if num_bad <= config.max_bad_share * total:
+        return
+    report = IngestReport(folder=config.out, bad_counts=count_bad(bad), bad=bad)
+    write_report(report, None)
+    raise InputError(
+        f"{config.source}: {num_bad} of {total} pictures ({num_bad / total:.1%}) are unusable so"
+        f" far, more than --max-bad-share {config.max_bad_share} allows. {_where(config, bad)}"
+    )
+
+
+def _where(config: IngestConfig, bad: list[Bad]) -> str:
+    counts = ", ".join(f"{count} x {kind}" for kind, count in count_bad(bad).items()) or "none bad"
+    return f"Found: {counts}. {config.out / 'report' / 'report.md'} names them; mend the source."
+
+
+def _logged_progress() -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def watch(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > LOG_EVERY_S:
+            last = time.monotonic()
+            log.info("%d of %d pictures done", done, total)
+
+    return watch

@@ -1,0 +1,142 @@
+"""The report of an ingest: counts, what was bad by name, and a sheet of pictures with captions."""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from albef_core.preprocess import decode_image
+from pipelines.manifest import Manifest, read_row_group
+from pipelines.records import Bad
+
+REPORT_FOLDER = "report"
+SHEET_PICTURES = 24
+SHEET_PX = 180
+CAPTION_CHARS = 200
+# So many bad ones of each class are named in the pages; the JSON names all.
+NAMED = 20
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: 2px 16px 2px 0; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 16px; }
+figure { margin: 0; font-size: 13px; } figure p { margin: 2px 0; } code { font-size: 12px; }
+.bar { display: inline-block; height: 0.8em; background: #4477aa; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What an ingest has made, and everything that it could not use."""
+
+    folder: Path
+    content_id: str = ""
+    num_images: int = 0
+    num_captions: int = 0
+    num_shards: int = 0
+    sources: dict[str, int] = field(default_factory=dict)
+    bad_counts: dict[str, int] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def write_report(report: IngestReport, manifest: Manifest | None) -> None:
+    """Write report.json, report.md and report.html; without a manifest, no corpus came to be."""
+    folder = report.folder / REPORT_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(_as_json(report), encoding="utf-8")
+    (folder / "report.md").write_text(_as_markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(_as_html(report, manifest), encoding="utf-8")
+
+
+def _as_json(report: IngestReport) -> str:
+    names: dict[str, list[dict[str, str]]] = {kind: [] for kind in report.bad_counts}
+    for one in report.bad:
+        names[one.kind].append({"name": one.name, "detail": one.detail})
+    body = {**dict(_facts(report)), "sources": report.sources, "bad": report.bad_counts}
+    return json.dumps({**body, "bad_names": names}, indent=1)
+
+
+def _facts(report: IngestReport) -> Iterator[tuple[str, str | int | float]]:
+    yield "images", report.num_images
+    yield "captions", report.num_captions
+    yield "shards", report.num_shards
+    yield "content_id", report.content_id or "none: the ingest was stopped"
+    yield "seconds", report.seconds
+
+
+def _as_markdown(report: IngestReport) -> str:
+    lines = ["# Ingest report", "", "| what | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _facts(report)]
+    lines += [f"| images of {name} | {count} |" for name, count in report.sources.items()]
+    lines += ["", "## Left out", ""]
+    if not report.bad:
+        lines.append("Nothing.")
+    for kind, count in report.bad_counts.items():
+        lines += [f"### {kind}: {count}", ""]
+        lines += [f"- `{one.name}` {one.detail}".rstrip() for one in _some(report, kind)]
+        lines += [f"- ... and {count - NAMED} more in report.json"] if count > NAMED else []
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def _some(report: IngestReport, kind: str) -> list[Bad]:
+    return [one for one in report.bad if one.kind == kind][:NAMED]
+
+
+def _as_html(report: IngestReport, manifest: Manifest | None) -> str:
+    rows = [(name, str(value)) for name, value in _facts(report)]
+    rows += [(f"images of {name}", str(count)) for name, count in report.sources.items()]
+    facts = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+    bad = "".join(
+        f"<h3>{escape(kind)}: {count}</h3><ul>"
+        + "".join(
+            f"<li><code>{escape(one.name)}</code> {escape(one.detail)}</li>"
+            for one in _some(report, kind)
+        )
+        + (f"<li>... and {count - NAMED} more in report.json</li>" if count > NAMED else "")
+        + "</ul>"
+        for kind, count in report.bad_counts.items()
+    )
+    sheet = "".join(_figures(manifest)) if manifest else ""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Ingest report</title>'
+        f"<style>{STYLE}</style><h1>Ingest report</h1><table>{facts}</table>"
+        f"<h2>Left out</h2>{bad or '<p>Nothing.</p>'}"
+        f'<h2>Pictures and captions</h2><div class="sheet">{sheet}</div></html>\n'
+    )
+
+
+def _figures(manifest: Manifest) -> Iterator[str]:
+    """Show the first rows: they are a random sample, as rows are written in random order."""
+    left = SHEET_PICTURES
+    for group in manifest.row_groups():
+        columns = ["image", "image_id", "captions"]
+        table = read_row_group(manifest.folder, group.shard, group.index, columns)
+        for row in table.slice(0, left).to_pylist():
+            captions = "".join(f"<p>{escape(_shorten(text))}</p>" for text in row["captions"])
+            yield (
+                f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(row["image"])}">'
+                f"<figcaption><code>{escape(row['image_id'])}</code>{captions}</figcaption></figure>"
+            )
+        left -= min(left, table.num_rows)
+        if not left:
+            return
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= CAPTION_CHARS else f"{text[:CAPTION_CHARS]} ..."
+
+
+def _thumbnail(encoded: bytes) -> str:
+    pixels = decode_image(encoded)
+    scale = SHEET_PX / max(pixels.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    _ok, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]))
+    return base64.b64encode(jpeg.tobytes()).decode("ascii")
