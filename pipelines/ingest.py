@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import ray
+import ray.data  # sets up its loggers, which connect() then turns down
 
 from albef_core.errors import InputError
 from albef_core.preprocess import UndecodableImage, decode_image
