@@ -129,7 +129,7 @@ def _run(plan: Plan, start_step: int, stop_step: int) -> Iterator[FeedBatch]:
     ]
     with ThreadPoolExecutor(max_workers=1) as starter:
         upcoming: Future[Iterator[Block]] | None = None
-        for steps, following in zip(segments, [*segments[1:], None], strict=True):
+        for steps, following in zip(segments, [*segments, None][1:], strict=True):
             blocks = upcoming.result() if upcoming else _start(plan, steps)
             for step in steps:
                 if following and step == steps[-OVERLAP_STEPS:][0]:

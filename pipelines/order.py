@@ -41,7 +41,7 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Put all rows of the corpus into the order of one epoch, each exactly once.
 
-    Row groups are permuted over the whole corpus; `window_groups` neighbours of that permutation
+    Row groups are permuted over the whole corpus; `window_groups` neighbors of that permutation
     form a window, and rows are permuted inside it. So a reader touches few row groups at a time.
 
     Args:

@@ -51,6 +51,8 @@ class FeedSpec:
     """Seed of the run."""
     batch_size: int
     """Pairs in a global batch, over all workers."""
+    saturate_pixels: bool = True
+    """RandAugment stops at 0 and 255 instead of overflowing."""
     rows_per_block: int = 256
     """Most pairs that one task prepares."""
 
@@ -179,6 +181,7 @@ def _augmented(
         rand_ops=spec.augment.rand_ops,
         rand_level=spec.augment.rand_level,
         rng=rng,
+        saturate=spec.saturate_pixels,
     )
 
 

@@ -61,7 +61,7 @@ def local_ray() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SmallCorpus:
-    """A corpus of small pictures, and a vocabulary learnt from its captions."""
+    """A corpus of small pictures, and a vocabulary learned from its captions."""
 
     folder: Path
     tokenizer: Path

@@ -145,6 +145,10 @@ def test_a_corpus_smaller_than_a_batch_is_refused_before_anything_starts(spec):
         read(replace(spec, batch_size=256))
 
 
+def test_a_feed_without_steps_is_empty(spec):
+    assert list(read(spec, start=STEPS)) == []
+
+
 def test_a_batch_that_is_not_due_is_refused(local_ray, spec, monkeypatch):
     task = feed._task
 

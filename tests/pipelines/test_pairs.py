@@ -55,6 +55,15 @@ def test_the_next_epoch_shows_an_image_in_another_way(spec):
     assert not same.reshape(203, -1).all(axis=1).any()
 
 
+def test_pixels_that_overflow_as_published_are_other_pixels_of_the_same_pictures(spec):
+    spec = replace(spec, batch_size=128)
+    saturated = prepare_block(spec, step=0, start=0, stop=128)
+    published = prepare_block(replace(spec, saturate_pixels=False), step=0, start=0, stop=128)
+    same = (saturated["images"] == published["images"]).reshape(128, -1).all(axis=1)
+    assert 64 < same.sum() < 128  # only AutoContrast and Sharpness overflow
+    assert np.array_equal(saturated["masked_ids"], published["masked_ids"])
+
+
 def test_captions_are_the_images_own_and_both_get_chosen(spec):
     corpus = open_corpus(spec.corpus)
     block = prepare_block(replace(spec, batch_size=203), step=0, start=0, stop=203)
