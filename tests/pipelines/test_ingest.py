@@ -146,8 +146,8 @@ def test_unusual_captions_are_kept_whole(tmp_path, caption):
 
 
 def test_captions_become_nfc(tmp_path):
-    rows, _bad = commit_one(tmp_path, encoded(picture()), "cafe\u0301")
-    assert rows[0]["captions"] == ["caf\u00e9"]
+    rows, _bad = commit_one(tmp_path, encoded(picture()), "re\u0301al")
+    assert rows[0]["captions"] == ["r\u00e9al"]
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_ingest(tmp_path):
@@ -283,7 +283,7 @@ def webdataset(folder: Path) -> None:
     }
     write_tar(folder / "00000.tar", first)
     write_tar(
-        folder / "00001.tar", {"000.jpg": encoded(picture(5)), "000.txt": b"caf\xc3\xa9 \xff"}
+        folder / "00001.tar", {"000.jpg": encoded(picture(5)), "000.txt": b"\xc3\xa9t\xc3\xa9 \xff"}
     )
 
 
@@ -295,7 +295,7 @@ def test_webdataset_tars_give_a_row_for_each_picture_with_a_caption(tmp_path):
     assert [(row["image_id"], row["captions"], row["url"]) for row in rows] == [
         ("cc3m:00000/000", ["a cat"], None),
         ("cc3m:00000/001", ["a dog", "a pet"], "http://x/1"),
-        ("cc3m:00001/000", ["caf\u00e9 \ufffd"], None),
+        ("cc3m:00001/000", ["\u00e9t\u00e9 \ufffd"], None),
     ]
     assert sorted(bad) == [
         ("malformed record", "cc3m:00000/004"),

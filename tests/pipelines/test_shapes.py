@@ -192,7 +192,7 @@ def test_contradictions_of_a_pair_are_false_in_it():
                 assert (name in names) == (entry["label"] == "entailment")
 
 
-def test_statements_on_a_pair_are_true_or_false_as_labelled():
+def test_statements_on_a_pair_are_true_or_false_as_labeled():
     known = {
         "there is a circle in both images": True,
         "exactly one image shows a circle": False,
