@@ -1,0 +1,101 @@
+"""Retrieval metrics: ranks, recall, chance level and bootstrap intervals. Plain numpy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+RECALLS_AT = (1, 5, 10)
+COVERAGE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One metric with its uncertainty; all four numbers are shares between 0 and 1."""
+
+    value: float
+    """As measured."""
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+    chance: float
+    """What a model without any knowledge is expected to reach."""
+
+
+def image_to_text_ranks(
+    scores: Float[np.ndarray, "I T"], image_of_text: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, " I"]:
+    """Rank, for each image, the best of its own texts among all texts; 0 is first.
+
+    A tie counts against us: the rank is the number of foreign texts that do not score strictly
+    lower, so that a constant model comes last and a NaN never wins. Ties between own texts cost
+    nothing. Each image needs a text of its own.
+    """
+    own = image_of_text == np.arange(len(scores))[:, None]
+    best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
+    return (~(scores < best) & ~own).sum(axis=1)
+
+
+def text_to_image_ranks(
+    scores: Float[np.ndarray, "I T"], image_of_text: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, " T"]:
+    """Rank, for each text, its image among all images; 0 is first, and a tie counts against us."""
+    own = scores[image_of_text, np.arange(len(image_of_text))]
+    return (~(scores < own)).sum(axis=0) - 1
+
+
+def hit_chance(num_candidates: int, num_right: int, k: int) -> float:
+    """Give the chance that k blind draws hold a right candidate: 1 - C(N-m, k) / C(N, k)."""
+    missed = 1.0
+    for drawn in range(min(k, num_candidates)):
+        missed *= max(0, num_candidates - num_right - drawn) / (num_candidates - drawn)
+    return 1 - missed
+
+
+def retrieval_metrics(
+    image_to_text: Float[np.ndarray, "I T"],
+    text_to_image: Float[np.ndarray, "I T"],
+    image_of_text: Int[np.ndarray, " T"],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Measure recall at 1, 5 and 10 both ways, and `mean_recall`, the mean of the six.
+
+    `tr_r5` is text retrieval (the query is an image), `ir_r5` image retrieval (the query is a
+    text). The two score matrices are the same one unless each direction re-ranked candidates of its
+    own; a row is an image in both. Intervals are bootstrap percentiles over queries: photographs
+    are drawn with replacement, each with all of its captions, while the candidates stay as they
+    are.
+    """
+    num_images, num_texts = image_to_text.shape
+    texts_of_image = np.bincount(image_of_text, minlength=num_images)
+    assert texts_of_image.min() > 0, "every image needs a text: it could be no query of tr_r1"
+    found_text = _hits(image_to_text_ranks(image_to_text, image_of_text))
+    found_image = np.zeros((num_images, len(RECALLS_AT)))
+    np.add.at(found_image, image_of_text, _hits(text_to_image_ranks(text_to_image, image_of_text)))
+
+    def recalls(times_drawn: Int[np.ndarray, "R I"]) -> Float[np.ndarray, "R 7"]:
+        tr = times_drawn @ found_text / num_images
+        ir = times_drawn @ found_image / (times_drawn @ texts_of_image)[:, None]
+        return np.column_stack([tr, ir, np.hstack([tr, ir]).mean(axis=1)])
+
+    measured = recalls(np.ones((1, num_images), dtype=np.int64))[0]
+    tail = (1 - COVERAGE) / 2
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_resamples)
+    low, high = np.quantile(recalls(drawn), [tail, 1 - tail], axis=0)
+    by_image = [[hit_chance(num_texts, int(m), k) for k in RECALLS_AT] for m in texts_of_image]
+    tr_chance = np.mean(by_image, axis=0)
+    ir_chance = np.array([hit_chance(num_images, 1, k) for k in RECALLS_AT])
+    chance = np.hstack([tr_chance, ir_chance, np.hstack([tr_chance, ir_chance]).mean()])
+    names = [f"{way}_r{k}" for way in ("tr", "ir") for k in RECALLS_AT] + ["mean_recall"]
+    return {
+        name: Estimate(value=float(v), low=float(a), high=float(b), chance=float(c))
+        for name, v, a, b, c in zip(names, measured, low, high, chance, strict=True)
+    }
+
+
+def _hits(ranks: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N K"]:
+    return ranks[:, None] < np.array(RECALLS_AT)

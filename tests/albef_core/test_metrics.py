@@ -1,0 +1,179 @@
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.numpy import load_file
+
+from albef_core.metrics import (
+    hit_chance,
+    image_to_text_ranks,
+    retrieval_metrics,
+    text_to_image_ranks,
+)
+from tests.golden_folder import GOLDEN, needs_golden
+
+# Two images; texts 0 and 1 belong to image 0, text 2 to image 1.
+IMAGE_OF_TEXT = np.array([0, 0, 1])
+
+
+def measure(scores, image_of_text, *, num_resamples=200, seed=0):
+    return retrieval_metrics(scores, scores, image_of_text, num_resamples=num_resamples, seed=seed)
+
+
+def test_an_image_is_ranked_by_the_best_of_its_texts():
+    scores = np.array([[0.1, 0.8, 0.9], [0.7, 0.3, 0.5]])
+    # Image 0: its best is 0.8, and 0.9 is foreign. Image 1: its only text has 0.5, 0.7 is foreign.
+    assert image_to_text_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 1]
+
+
+def test_a_text_is_ranked_among_all_images():
+    scores = np.array([[0.1, 0.8, 0.9], [0.7, 0.3, 0.5]])
+    assert text_to_image_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 0, 1]
+
+
+def test_a_tie_counts_against_us():
+    scores = np.zeros((2, 3))
+    assert image_to_text_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 2]
+    assert text_to_image_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 1, 1]
+
+
+def test_a_tie_between_own_texts_costs_nothing():
+    scores = np.array([[0.5, 0.5, 0.1], [0.0, 0.0, 1.0]])
+    assert image_to_text_ranks(scores, IMAGE_OF_TEXT).tolist() == [0, 0]
+
+
+def test_a_score_that_is_no_number_never_wins():
+    scores = np.full((2, 3), np.nan)
+    assert image_to_text_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 2]
+    assert text_to_image_ranks(scores, IMAGE_OF_TEXT).tolist() == [1, 1, 1]
+    scores = np.array([[0.5, np.nan, np.nan], [0.1, 0.2, 0.3]])
+    assert text_to_image_ranks(scores, IMAGE_OF_TEXT)[2] == 1
+
+
+def test_recalls_of_a_matrix_worked_out_by_hand():
+    scores = np.array([[0.1, 0.8, 0.9], [0.7, 0.3, 0.6], [0.2, 0.1, 0.95]])
+    found = measure(scores, np.array([0, 1, 2]))
+    # Image to text: ranks 2, 2, 0. Text to image: ranks 2, 1, 0.
+    assert found["tr_r1"].value == pytest.approx(1 / 3)
+    assert found["ir_r1"].value == pytest.approx(1 / 3)
+    assert found["tr_r5"].value == found["ir_r10"].value == 1
+    assert found["mean_recall"].value == pytest.approx((1 / 3 + 1 / 3 + 4) / 6)
+
+
+@settings(deadline=None)
+@given(
+    scores=arrays(np.float64, (4, 9), elements=st.integers(-3, 3).map(float)),
+    image_of_text=st.permutations([0, 0, 0, 1, 1, 2, 2, 3, 3]).map(np.array),
+)
+def test_ranks_equal_a_slow_count(scores, image_of_text):
+    slow = []
+    for image in range(4):
+        own = scores[image][image_of_text == image].max()
+        slow.append(sum(score >= own for score in scores[image][image_of_text != image]))
+    assert image_to_text_ranks(scores, image_of_text).tolist() == slow
+    slow = []
+    for text, image in enumerate(image_of_text):
+        others = np.delete(scores[:, text], image)
+        slow.append(sum(score >= scores[image, text] for score in others))
+    assert text_to_image_ranks(scores, image_of_text).tolist() == slow
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_only_the_order_of_scores_matters(seed, scale, shift):
+    rng = np.random.default_rng(seed)
+    scores = rng.permutation(20 * 40).reshape(20, 40).astype(float)
+    image_of_text = np.repeat(np.arange(20), 2)
+    assert measure(scores, image_of_text) == measure(scores * scale + shift, image_of_text)
+
+
+@settings(deadline=None)
+@given(num_candidates=st.integers(1, 9), num_right=st.integers(1, 9), k=st.integers(1, 12))
+def test_chance_is_the_share_of_draws_that_hold_a_right_one(num_candidates, num_right, k):
+    num_right, drawn = min(num_right, num_candidates), min(k, num_candidates)
+    draws = list(combinations(range(num_candidates), drawn))
+    hits = sum(any(candidate < num_right for candidate in draw) for draw in draws)
+    assert hit_chance(num_candidates, num_right, k) == pytest.approx(hits / len(draws))
+
+
+def test_a_blind_model_reaches_chance():
+    rng = np.random.default_rng(0)
+    image_of_text = np.repeat(np.arange(30), 3)
+    found = [measure(rng.random((30, 90)), image_of_text, num_resamples=2) for _ in range(300)]
+    for name in found[0]:
+        values = np.array([metrics[name].value for metrics in found])
+        error = values.std() / len(values) ** 0.5
+        assert abs(values.mean() - found[0][name].chance) < 4 * error
+
+
+def test_chance_of_mean_recall_is_the_mean_of_the_six():
+    found = measure(np.random.default_rng(0).random((7, 12)), np.arange(12) % 7)
+    six = [estimate.chance for name, estimate in found.items() if name != "mean_recall"]
+    assert found["mean_recall"].chance == pytest.approx(np.mean(six))
+    assert len(six) == 6
+
+
+def test_intervals_hold_the_value_and_come_again_with_the_seed():
+    scores = np.random.default_rng(0).random((50, 100)) + np.repeat(np.eye(50), 2, axis=1) * 0.4
+    image_of_text = np.repeat(np.arange(50), 2)
+    found = measure(scores, image_of_text, seed=1)
+    assert all(e.low <= e.value <= e.high for e in found.values())
+    assert found["mean_recall"].low < found["mean_recall"].high
+    assert measure(scores, image_of_text, seed=1) == found
+    assert measure(scores, image_of_text, seed=2) != found
+
+
+def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says():
+    # Diagonal scores: image i finds its text when the coin says so; one text an image.
+    num = 400
+    coins = np.random.default_rng(0).random(num) < 0.5
+    scores = np.random.default_rng(1).random((num, num))
+    scores[np.arange(num), np.arange(num)] = np.where(coins, 2.0, -1.0)
+    found = measure(scores, np.arange(num), num_resamples=4000)["tr_r1"]
+    deviation = (found.value * (1 - found.value) / num) ** 0.5
+    # 1.96 deviations either way; the bootstrap's own noise is a few percent of that.
+    assert (found.high - found.low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+@needs_golden
+def test_recalls_equal_the_official_evaluation():
+    folder = GOLDEN / "retrieval" / "eval"
+    tensors = load_file(folder / "tensors.safetensors")
+    recorded = json.loads((folder / "metrics.json").read_text())
+    image_to_text, text_to_image = tensors["rand_scores_i2t"], tensors["rand_scores_t2i"].T
+    (name,) = [key for key in recorded if key.startswith("random_scores")]
+    num_images, num_texts = image_to_text.shape
+    found = retrieval_metrics(
+        image_to_text,
+        text_to_image,
+        np.repeat(np.arange(num_images), num_texts // num_images),
+        num_resamples=2,
+        seed=0,
+    )
+    for k in (1, 5, 10):
+        assert 100 * found[f"tr_r{k}"].value == pytest.approx(recorded[name][f"txt_r{k}"])
+        assert 100 * found[f"ir_r{k}"].value == pytest.approx(recorded[name][f"img_r{k}"])
+    assert 100 * found["mean_recall"].value == pytest.approx(recorded[name]["r_mean"])
+
+
+@needs_golden
+def test_ranks_equal_the_official_evaluation_where_it_has_one():
+    folder = GOLDEN / "retrieval" / "eval"
+    tensors = load_file(folder / "tensors.safetensors")
+    recorded = json.loads((folder / "metrics.json").read_text())
+    images = recorded["txt2img"]
+    image_of_text = np.array([images[str(text)] for text in range(len(images))])
+    for name, scores in tensors.items():
+        if not name.startswith(("score_i2t_k", "score_t2i_k")):
+            continue
+        _, way, k = name.split("_")
+        ranks = np.array(recorded[f"{k}_ranks_{way}"])
+        if way == "i2t":
+            found = image_to_text_ranks(scores, image_of_text)
+        else:
+            found = text_to_image_ranks(scores.T, image_of_text)
+        np.testing.assert_array_equal(found[ranks >= 0], ranks[ranks >= 0])
