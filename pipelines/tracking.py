@@ -1,0 +1,430 @@
+"""Everything this project asks of MLflow: one run per training, its metrics, its models."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+# Read by MLflow when it is imported: nothing is ever unpickled; no bars between ours, and no notes
+# on database migrations or a missing pip.
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+
+import pandas as pd
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model as save_pyfunc
+from mlflow.types import ColSpec, DataType, Schema
+from PIL import Image
+
+import albef_core
+from albef_core.errors import InputError
+from pipelines.outbox import Outbox
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "mlflow_run.json"
+"""Names the run that a folder belongs to: in a training's folder, and in a model's."""
+MAX_VALUE_LENGTH = 500
+MAX_PARAMS_PER_CALL = 100
+MAX_METRICS_PER_CALL = 1000
+POINTS_PER_SENDING = 200
+SECONDS_PER_SENDING = 5.0
+HEALTH_TIMEOUT_S = 10.0
+HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "text")]),
+    outputs=Schema([ColSpec(DataType.double, "similarity"), ColSpec(DataType.double, "match")]),
+)
+REQUIREMENTS = (
+    "jaxtyping",
+    "numpy",
+    "opencv-python-headless",
+    "pandas",
+    "pillow",
+    "safetensors",
+    "timm",
+    "tokenizers",
+    "torch",
+)
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """All that another process needs to write into a run."""
+
+    uri: str
+    """Absolute tracking URI."""
+    run_id: str
+
+    def save(self, folder: Path) -> None:
+        """Note in `folder` that it belongs to this run; by rename, so whole or not at all."""
+        partial = folder / f"{RUN_FILE}.tmp"
+        partial.write_text(json.dumps({"tracking_uri": self.uri, "run_id": self.run_id}))
+        partial.replace(folder / RUN_FILE)
+
+    @staticmethod
+    def of(folder: Path) -> "RunHandle | None":
+        """Read which run `folder` belongs to; None when it names none or the run is gone."""
+        path = folder / RUN_FILE
+        if not path.is_file():
+            return None
+        body = json.loads(path.read_text())
+        handle = RunHandle(body["tracking_uri"], body["run_id"])
+        database = sqlite_file(handle.uri)
+        if database is not None and not database.is_file():
+            return None  # opening it would create an empty one
+        try:
+            MlflowClient(handle.uri).get_run(handle.run_id)
+        except MlflowException as error:
+            logger.warning("%s: names run %s, which is gone (%s)", path, handle.run_id, error)
+            return None
+        return handle
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model as MLflow knows it."""
+
+    uri: str
+    """`models:/name/version`, or `models:/m-...` when it was not registered."""
+    version: str
+    """Version in the registry; empty when it was not registered."""
+
+
+def tracking_uri() -> str:
+    """Give the store's absolute URI: `MLFLOW_TRACKING_URI`, else `mlflow.db` in this folder."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
+    # Workers run in other folders: a relative name would be another store in each.
+    database = sqlite_file(uri)
+    return uri if database is None else f"sqlite:///{database}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Give the database file of an SQLite URI, absolute; None for any other store."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
+
+
+def open_run(
+    experiment: str,
+    run_dir: Path | None,
+    *,
+    run_name: str,
+    params: Any,
+    tags: Mapping[str, str],
+) -> RunHandle:
+    """Open the one run of a training, in the driver and before any worker starts.
+
+    The first connection creates the database. The run's id is stored in `run_dir` (None: nowhere),
+    and when it is already there, the same run is opened again: a resumed training is one run.
+    `params` is a config dataclass; tag `git.commit` is added.
+
+    Raises:
+        InputError: the tracking server does not answer, or the experiment was deleted.
+    """
+    handle = None if run_dir is None else RunHandle.of(run_dir)
+    uri = handle.uri if handle else tracking_uri()
+    _check_server(uri)
+    client = MlflowClient(uri)
+    if handle is None:
+        run = client.create_run(_experiment_id(client, uri, experiment), run_name=run_name)
+        handle = RunHandle(uri, run.info.run_id)
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            handle.save(run_dir)
+    else:
+        client.update_run(handle.run_id, status="RUNNING")
+    _log_params(client, handle.run_id, flatten(params))
+    for key, value in {"git.commit": git_commit(), **tags}.items():
+        client.set_tag(handle.run_id, key, str(value)[:MAX_VALUE_LENGTH])
+    return handle
+
+
+class Tracker:
+    """Writes into a run from any one process, and never holds it up.
+
+    Metrics are collected and sent in batches by a thread. While the store is down they wait and are
+    sent when it is back; training goes on. With `skip_logged`, points up to the last step that a
+    metric already has are left out: a training resumed from a checkpoint repeats steps, and MLflow
+    would keep both points.
+    """
+
+    def __init__(self, handle: RunHandle, *, skip_logged: bool = True) -> None:
+        self.handle = handle
+        self._skip_logged = skip_logged
+        self._last_steps: dict[str, int] = {}
+        self._points: list[Metric] = []
+        self._sent_at = time.monotonic()
+        self._spool = tempfile.TemporaryDirectory(prefix="albef-tracking-")
+        self._outbox = Outbox(f"MLflow at {handle.uri}", is_hopeless=_is_hopeless)
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(self.handle.uri)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each named curve."""
+        now = int(time.time() * 1000)
+        self._points += [Metric(key, float(v), now, step) for key, v in values.items()]
+        is_due = time.monotonic() - self._sent_at > SECONDS_PER_SENDING
+        if is_due or len(self._points) >= POINTS_PER_SENDING:
+            self._hand_over()
+
+    def log_figure(self, figure: Figure, path: str) -> None:
+        """Store a figure as the artifact `path` (`.png`, `.pdf` or `.svg`)."""
+        file = self._new_file(path)
+        figure.savefig(file, bbox_inches="tight", dpi=120)
+        self._upload(file, path)
+
+    def log_dict(self, body: Mapping[str, Any], path: str) -> None:
+        """Store a dictionary as the JSON artifact `path`."""
+        file = self._new_file(path)
+        file.write_text(json.dumps(body, indent=1, default=str) + "\n")
+        self._upload(file, path)
+
+    def log_artifact(self, source: Path, path: str) -> None:
+        """Store a copy of a file as the artifact `path`."""
+        self._upload(Path(shutil.copyfile(source, self._new_file(path))), path)
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Send what was collected and wait for it a little; False when some of it still waits."""
+        self._hand_over()
+        return self._outbox.wait(timeout_s)
+
+    def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+        """Send the rest and close the run as `FINISHED`, `FAILED` or `KILLED`."""
+        self._hand_over()
+        self._outbox.put(lambda: self._client.set_terminated(self.handle.run_id, status))
+        self.close(timeout_s)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Send the rest and stop; the run stays as it is."""
+        self._hand_over()
+        if num_lost := self._outbox.close(timeout_s):
+            logger.warning("%s did not take the last %d messages", self.handle.uri, num_lost)
+        self._spool.cleanup()
+
+    def _hand_over(self) -> None:
+        points, self._points, self._sent_at = self._points, [], time.monotonic()
+        for start in range(0, len(points), MAX_METRICS_PER_CALL):
+            batch = points[start : start + MAX_METRICS_PER_CALL]
+            self._outbox.put(lambda batch=batch: self._send(batch))
+
+    def _send(self, points: list[Metric]) -> None:
+        new = [point for point in points if point.step > self._last_step(point.key)]
+        if new:
+            self._client.log_batch(self.handle.run_id, metrics=new)
+
+    def _last_step(self, key: str) -> int:
+        # As the store had it when this process first wrote the metric, not as it is by now.
+        if key not in self._last_steps:
+            history = (
+                self._client.get_metric_history(self.handle.run_id, key)
+                if self._skip_logged
+                else []
+            )
+            self._last_steps[key] = max((point.step for point in history), default=-1)
+        return self._last_steps[key]
+
+    def _new_file(self, path: str) -> Path:
+        # In a folder of its own: two uploads of one name may wait at the same time.
+        return Path(tempfile.mkdtemp(dir=self._spool.name)) / Path(path).name
+
+    def _upload(self, file: Path, path: str) -> None:
+        folder = Path(path).parent.as_posix()
+
+        def upload() -> None:
+            self._client.log_artifact(
+                self.handle.run_id, str(file), None if folder == "." else folder
+            )
+            shutil.rmtree(file.parent)
+
+        self._outbox.put(upload)
+
+
+def log_model(
+    handle: RunHandle,
+    model_folder: Path,
+    *,
+    name: str = "model",
+    register: str = "",
+    tags: Mapping[str, str] | None = None,
+) -> StoredModel:
+    """Store a model folder with its run, as `mlflow.pyfunc` loads it.
+
+    With `register` it becomes the next version under that name in the model registry. The code that
+    answers queries travels as source (models from code), the weights as safetensors: nothing is
+    pickled.
+    """
+    tags = {key: str(value) for key, value in (tags or {}).items()}
+    handle.save(model_folder)
+    client = MlflowClient(handle.uri, registry_uri=handle.uri)
+    run = client.get_run(handle.run_id)
+    entry = client.create_logged_model(
+        run.info.experiment_id,
+        name=name,
+        source_run_id=handle.run_id,
+        tags=tags,
+        model_type="ALBEF",
+    )
+    client.log_outputs(handle.run_id, [LoggedModelOutput(entry.model_id, step=0)])
+    description = Model(
+        artifact_path=entry.artifact_location,
+        model_uuid=entry.model_id,
+        run_id=handle.run_id,
+        model_id=entry.model_id,
+    )
+    with tempfile.TemporaryDirectory(prefix="albef-model-") as scratch:
+        folder = Path(scratch) / "model"
+        save_pyfunc(
+            folder,
+            mlflow_model=description,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"model": str(model_folder.absolute())},
+            code_paths=[str(Path(albef_core.__file__).parent)],
+            signature=SIGNATURE,
+            input_example=_input_example(),
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+        )
+        client.log_model_artifacts(entry.model_id, str(folder))
+    client.finalize_logged_model(entry.model_id, "READY")
+    if not register:
+        return StoredModel(f"models:/{entry.model_id}", "")
+    try:
+        client.create_registered_model(register)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        register, f"models:/{entry.model_id}", handle.run_id, tags=tags, model_id=entry.model_id
+    )
+    return StoredModel(f"models:/{register}/{made.version}", str(made.version))
+
+
+def _input_example() -> pd.DataFrame:
+    picture = BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    return pd.DataFrame({"image": [picture.getvalue()], "text": ["a red square"]})
+
+
+def is_model_uri(source: str) -> bool:
+    """Tell an MLflow URI (`models:/name/1`, `models:/name@alias`, `runs:/id/model`) from a path."""
+    return re.match(r"(models|runs):/", source) is not None
+
+
+def download_model(uri: str) -> Path:
+    """Fetch a model that `log_model` stored; return its model folder.
+
+    Raises:
+        InputError: the store has no such model, or another program logged it.
+    """
+    store = tracking_uri()
+    _check_server(store)
+    try:
+        folder = Path(download_artifacts(uri, tracking_uri=store, registry_uri=store))
+        flavor = Model.load(folder).flavors.get("python_function", {})
+    except MlflowException as error:
+        raise InputError(
+            f"{uri}: not to be had from the MLflow store {store} ({error.message})."
+            " Check name and version, or set MLFLOW_TRACKING_URI to the store that has it."
+        ) from None
+    artifact = flavor.get("artifacts", {}).get("model")
+    if artifact is None:
+        raise InputError(
+            f"{uri}: not a model of this project (it has no artifact `model`)."
+            " Pass one that jobs/pretrain.py registered."
+        )
+    return folder / artifact["path"]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, str]:
+    """Name every field of nested dataclasses by its dotted path; the values become text."""
+    named: dict[str, str] = {}
+    items = (
+        ((field.name, getattr(config, field.name)) for field in fields(config))
+        if is_dataclass(config)
+        else config.items()
+    )
+    for name, value in items:
+        if is_dataclass(value):
+            named |= flatten(value, f"{prefix}{name}.")
+        else:
+            named[prefix + name] = str(value)
+    return named
+
+
+def git_commit() -> str:
+    """Give the commit of this code, with `-dirty` after it when files differ; else `unknown`."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = sqlite_file(uri)
+        # Without this, artifacts would go to the folder in which the first run was started.
+        artifacts = None if database is None else (database.parent / "mlartifacts").as_uri()
+        return client.create_experiment(name, artifact_location=artifacts)
+    if found.lifecycle_stage != "active":
+        raise InputError(
+            f"--experiment {name}: was deleted from {uri}."
+            " Restore it with `mlflow experiments restore`, or give another name."
+        )
+    return found.experiment_id
+
+
+def _log_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> None:
+    # A resumed training may differ in a flag, and MLflow refuses to change a parameter: the first
+    # stays.
+    known = client.get_run(run_id).data.params
+    new = [Param(k, v[:MAX_VALUE_LENGTH]) for k, v in params.items() if k not in known]
+    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
+        client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_CALL])
+
+
+def _check_server(uri: str) -> None:
+    """Ask a server for its health once, because MLflow's client would retry for minutes."""
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=HEALTH_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # it answers, if only to ask who we are
+    except OSError as error:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI={uri}: no server answers there ({error})."
+            " Start it, or unset the variable to track in ./mlflow.db."
+        ) from None
+
+
+def _is_hopeless(error: Exception) -> bool:
+    if isinstance(error, MlflowException):
+        return error.error_code in HOPELESS
+    return not isinstance(error, OSError)

@@ -1,0 +1,286 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+
+from albef_core.config import ModelConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+from albef_core.model import ALBEF
+from albef_core.tokenizer import Tokenizer
+from albef_core.weights import load_model, save_model
+from pipelines import tracking
+from pipelines.config import PretrainConfig
+from pipelines.tracking import RunHandle, Tracker, download_model, flatten, log_model, open_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One SQLite store for this file: making its tables takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        yield folder
+
+
+@pytest.fixture
+def client(store):
+    return MlflowClient(tracking.tracking_uri())
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    return open_run("test", tmp_path / "run", run_name="r", params={}, tags={})
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.learn(["a red circle", "a green dog runs"] * 4, vocab_size=60)
+    config = ModelConfig(
+        image_size=16, patch_size=8, image_width=16, image_layers=1, image_heads=2,
+        text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=1,
+        vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
+    )  # fmt: skip
+    save_model(
+        folder,
+        ALBEF(config),
+        model_config=config,
+        text_config=TextConfig(),
+        recipe=Recipe(),
+        tokenizer=tokenizer,
+    )
+    return folder
+
+
+def steps(client, run, key):
+    return [point.step for point in client.get_metric_history(run.run_id, key)]
+
+
+def test_the_store_is_a_file_in_the_working_folder_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_relative_store_becomes_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/here.db"
+
+
+def test_a_server_is_taken_as_given(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://head:5000")
+    assert tracking.tracking_uri() == "http://head:5000"
+
+
+def test_parameters_carry_dotted_names():
+    named = flatten(PretrainConfig(corpus=Path("c"), steps=3))
+    assert named["optim.lr"] == "0.0001"
+    assert named["steps"] == "3"
+    assert all("(" not in value for value in named.values()), "no nested dataclass is left"
+
+
+def test_more_parameters_than_one_call_takes_and_long_values_are_logged(client, store):
+    params = {f"p{number}": "x" * 10_000 for number in range(130)}
+    run = open_run("test", None, run_name="r", params=params, tags={})
+    logged = client.get_run(run.run_id).data.params
+    assert len(logged) == 130
+    assert set(map(len, logged.values())) == {500}
+
+
+def test_the_run_has_tags_and_its_artifacts_beside_the_store(client, store):
+    run = open_run("test", None, run_name="r", params={}, tags={"corpus.id": "abc"})
+    found = client.get_run(run.run_id)
+    assert found.data.tags["corpus.id"] == "abc"
+    assert found.data.tags["git.commit"]
+    assert found.info.artifact_uri.startswith((store / "mlartifacts").as_uri())
+
+
+def test_a_resumed_training_is_the_same_run_and_keeps_its_parameters(client, store, tmp_path):
+    first = open_run("test", tmp_path, run_name="r", params={"seed": 1}, tags={"seed": "1"})
+    Tracker(first).finish()
+    again = open_run("test", tmp_path, run_name="r", params={"seed": 2, "x": 3}, tags={})
+    assert again == first
+    found = client.get_run(first.run_id)
+    assert found.info.status == "RUNNING"
+    assert found.data.params == {"seed": "1", "x": "3"}
+
+
+def test_a_folder_whose_run_is_gone_gets_a_new_one(store, tmp_path):
+    RunHandle(tracking.tracking_uri(), "0" * 32).save(tmp_path)
+    run = open_run("test", tmp_path, run_name="r", params={}, tags={})
+    assert RunHandle.of(tmp_path) == run
+
+
+def test_a_folder_whose_store_is_gone_names_no_run_and_makes_no_store(tmp_path):
+    RunHandle(f"sqlite:///{tmp_path}/gone.db", "0" * 32).save(tmp_path)
+    assert RunHandle.of(tmp_path) is None
+    assert not (tmp_path / "gone.db").exists()
+
+
+def test_metrics_figures_and_files_arrive_in_the_run(client, run, tmp_path):
+    tracker = Tracker(run)
+    for step in range(300):
+        tracker.log({"train/loss/itc": 1 / (step + 1), "train/alpha": 0.4}, step)
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    tracker.log_figure(figure, "pictures/curve.png")
+    tracker.log_dict({"a": 1}, "config.json")
+    (tmp_path / "note.txt").write_text("hello")
+    tracker.log_artifact(tmp_path / "note.txt", "notes/note.txt")
+    tracker.finish()
+    assert steps(client, run, "train/loss/itc") == list(range(300))
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["train/alpha"] == 0.4
+    artifacts = Path(found.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((artifacts / "config.json").read_text()) == {"a": 1}
+    assert (artifacts / "notes" / "note.txt").read_text() == "hello"
+    assert (artifacts / "pictures" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_replayed_step_is_not_logged_twice(client, run):
+    before = Tracker(run)
+    for step in range(6):
+        before.log({"loss": 1.0}, step)
+    before.close()
+    resumed = Tracker(run)
+    for step in range(4, 9):
+        resumed.log({"loss": 1.0, "new": 2.0}, step)
+    resumed.close()
+    assert steps(client, run, "loss") == list(range(9))
+    assert steps(client, run, "new") == list(range(4, 9))
+
+
+def test_a_metric_that_the_store_refuses_does_not_hold_up_the_others(client, run):
+    tracker = Tracker(run)
+    tracker.log({"what?": 1.0}, 0)
+    tracker.flush()
+    tracker.log({"loss": 1.0}, 0)
+    tracker.finish()
+    assert steps(client, run, "loss") == [0]
+
+
+def test_another_process_writes_into_the_same_run(client, run):
+    program = (
+        "import pickle, sys; handle = pickle.load(sys.stdin.buffer)\n"
+        "from pipelines.tracking import Tracker\n"
+        "tracker = Tracker(handle); tracker.log({'loss': 0.5}, 7); tracker.close()\n"
+    )
+    import pickle
+
+    subprocess.run([sys.executable, "-c", program], input=pickle.dumps(run), check=True)
+    assert steps(client, run, "loss") == [7]
+    (experiment,) = [client.get_experiment_by_name("test").experiment_id]
+    runs = client.search_runs([experiment], filter_string="attributes.run_name = 'r'")
+    assert run.run_id in [found.info.run_id for found in runs]
+
+
+def test_a_server_that_is_down_is_one_line_before_the_run(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="no server answers there"):
+        open_run("test", None, run_name="r", params={}, tags={})
+
+
+def test_a_server_that_goes_down_does_not_stop_the_run(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    received, is_up = [], threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if is_up.is_set() else 503)
+            self.end_headers()
+            self.wfile.write(b"{}")
+            if is_up.is_set():
+                received.extend(body.get("metrics", []))
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    run = RunHandle(f"http://127.0.0.1:{server.server_port}", "0" * 32)
+    tracker = Tracker(run, skip_logged=False)
+    tracker.log({"loss": 1.0}, 0)
+    assert not tracker.flush()
+    tracker.log({"loss": 0.5}, 1)
+    is_up.set()
+    tracker.close()
+    server.shutdown()
+    server.server_close()
+    assert [(point["value"], point["step"]) for point in received] == [(1.0, 0), (0.5, 1)]
+    assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+def test_a_logged_model_is_a_version_that_load_model_reads(client, run, model_folder):
+    stored = log_model(run, model_folder, register="albef-test", tags={"corpus.id": "abc"})
+    assert stored.uri == f"models:/albef-test/{stored.version}"
+    version = client.get_model_version("albef-test", stored.version)
+    assert version.run_id == run.run_id
+    assert version.tags["corpus.id"] == "abc"
+    folder = download_model(stored.uri)
+    assert RunHandle.of(folder) == run
+    loaded, trained = load_model(folder).model, load_model(model_folder).model
+    torch.testing.assert_close(loaded.state_dict(), trained.state_dict())
+    client.set_registered_model_alias("albef-test", "challenger", stored.version)
+    assert download_model("models:/albef-test@challenger") == folder
+
+
+def test_a_logged_model_holds_no_pickle_and_answers_in_a_fresh_process(
+    run, store, model_folder, tmp_path
+):
+    stored = log_model(run, model_folder)
+    assert stored.version == ""
+    whole = download_model(stored.uri).parents[1]
+    assert not [p for p in whole.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    program = (
+        "import io, sys, json\n"
+        "import mlflow, pandas as pd\n"
+        "from PIL import Image\n"
+        f"model = mlflow.pyfunc.load_model({stored.uri!r})\n"
+        "picture = io.BytesIO(); Image.new('RGB', (9, 5), 'red').save(picture, 'PNG')\n"
+        "rows = pd.DataFrame({'image': [picture.getvalue()] * 40,"
+        " 'text': ['a red circle', '!'] * 20})\n"
+        "answer = model.predict(rows)\n"
+        "import albef_core\n"
+        "print(json.dumps({'code': albef_core.__file__, **answer.to_dict('list')}))\n"
+    )
+    answered = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answered.returncode == 0, answered.stderr
+    answer = json.loads(answered.stdout.splitlines()[-1])
+    assert Path(answer["code"]).is_relative_to(whole)
+    assert len(answer["match"]) == len(answer["similarity"]) == 40
+    assert all(0 < probability < 1 for probability in answer["match"])
+    assert all(-1.001 < similarity < 1.001 for similarity in answer["similarity"])
+    assert answer["match"][0] != answer["match"][1]
+
+
+def test_a_model_that_the_registry_lacks_is_one_line(store):
+    with pytest.raises(InputError, match="models:/nothing/1: not to be had"):
+        download_model("models:/nothing/1")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_uri"),
+    [("models:/a/1", True), ("models:/a@b", True), ("runs:/x/model", True), ("models/a", False)],
+)
+def test_a_uri_is_told_from_a_path(source, is_uri):
+    assert tracking.is_model_uri(source) is is_uri
