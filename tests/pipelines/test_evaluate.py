@@ -1,0 +1,202 @@
+import json
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from rich.console import Console
+
+from albef_core.batch import normalize
+from albef_core.captions import clean_caption
+from albef_core.config import ModelConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+from albef_core.metrics import retrieval_metrics
+from albef_core.model import ALBEF
+from albef_core.preprocess import decode_image, resize_square
+from albef_core.tasks.retrieval import EncodedImages, encode_texts, itc_similarity, rerank
+from albef_core.tokenizer import Tokenizer
+from albef_core.weights import load_model, save_model
+from pipelines.config import EvaluateConfig
+from pipelines.evaluate import evaluate_retrieval
+from pipelines.manifest import read_columns, read_manifest
+from pipelines.report import summary_table
+from pipelines.tracking import open_run
+from tests.conftest import picture_row, write_corpus
+
+pytestmark = pytest.mark.cluster
+NUM_IMAGES, BROKEN, SILENT, TOP_K = 40, 17, 5, 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Forty pictures in three row groups; one is cut short, one has only empty captions."""
+    rows = [picture_row(number) for number in range(NUM_IMAGES)]
+    rows[BROKEN]["image"] = rows[BROKEN]["image"][:200]
+    rows[SILENT]["captions"] = ["...", "!?"]
+    rows[0]["captions"] = [*rows[0]["captions"], "..."]
+    folder = tmp_path_factory.mktemp("data") / "held out"
+    write_corpus(folder, rows, rows_per_shard=40, rows_per_group=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    torch.manual_seed(0)
+    captions = [c for t in read_columns(read_manifest(corpus), ["captions"])
+                for cs in t["captions"].to_pylist() for c in cs]  # fmt: skip
+    tokenizer = Tokenizer.learn(captions, vocab_size=200)
+    config = ModelConfig(
+        image_size=16, patch_size=8, image_width=16, image_layers=1, image_heads=2,
+        text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=1,
+        vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
+    )  # fmt: skip
+    save_model(
+        folder,
+        ALBEF(config),
+        model_config=config,
+        text_config=TextConfig(),
+        recipe=Recipe(),
+        tokenizer=tokenizer,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, corpus, model_folder):
+    store = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+        yield EvaluateConfig(
+            model=str(model_folder),
+            corpus=corpus,
+            json=store / "out" / "result.json",
+            top_k=TOP_K,
+            batch_size=7,
+            bootstrap=50,
+            device="cpu",
+        )
+
+
+@pytest.fixture(scope="module")
+def heard():
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(local_ray, config, heard):
+    return evaluate_retrieval(config, on_progress=lambda *news: heard.append(news))
+
+
+def by_hand(corpus, model_folder):
+    """The same evaluation in one process, without Ray."""
+    loaded = load_model(model_folder)
+    model = loaded.model.eval()
+    tables = read_columns(read_manifest(corpus), ["image", "captions"])
+    rows = [row for table in tables for row in table.to_pylist()]
+    rows = [row for number, row in enumerate(rows) if number not in (BROKEN, SILENT)]
+    pictures = np.stack([resize_square(decode_image(row["image"]), 16) for row in rows])
+    with torch.inference_mode():
+        tokens, features = model.encode_image(normalize(torch.from_numpy(pictures)))
+    images = EncodedImages(tokens=tokens, features=features)
+    cleaned = [[clean_caption(c, max_words=30) for c in row["captions"]] for row in rows]
+    texts = [[text for text in own if text] for own in cleaned]
+    ids = torch.from_numpy(
+        loaded.tokenizer.encode([t for own in texts for t in own], max_tokens=25, keep_sep=True)
+    )
+    encoded = encode_texts(model, ids, ids != loaded.tokenizer.pad_id, batch_size=100)
+    similarity = itc_similarity(images, encoded).numpy()
+    scores = rerank(model, images, encoded, top_k=TOP_K, batch_size=100)
+    owner = np.repeat(np.arange(len(rows)), [len(own) for own in texts])
+    ways = scores.image_to_text.numpy(), scores.text_to_image.numpy()
+    return {
+        "itc": retrieval_metrics(similarity, similarity, owner, num_resamples=50, seed=0),
+        "itm": retrieval_metrics(*ways, owner, num_resamples=50, seed=0),
+    }
+
+
+def test_ray_changes_nothing_about_the_metrics(result, corpus, model_folder):
+    assert result.metrics == by_hand(corpus, model_folder)
+
+
+def test_every_row_is_counted_and_what_is_left_out_is_named(result):
+    assert result.undecodable == (f"picture-{BROKEN:03d}",)
+    assert result.without_text == (f"picture-{SILENT:03d}",)
+    assert result.num_empty_captions == 3
+    assert result.num_images == NUM_IMAGES - 2
+    assert result.num_texts == 2 * (NUM_IMAGES - 2)
+
+
+def test_progress_ends_with_every_picture(result, heard):
+    pictures = [news for news in heard if news[0] == "images"]
+    assert pictures == [("images", 16, 40), ("images", 32, 40), ("images", 40, 40)]
+
+
+def test_the_json_holds_everything(result, config):
+    written = json.loads(config.json.read_text())
+    assert written["metrics"]["itm"]["mean_recall"] == asdict(result.metrics["itm"]["mean_recall"])
+    assert written["corpus_id"] == read_manifest(config.corpus).content_id
+    assert written["num_undecodable"] == written["num_without_text"] == 1
+    assert written["top_k"] == TOP_K
+    assert set(written["seconds"]) == {"load", "images", "texts", "scores", "metrics"}
+
+
+def test_a_model_without_a_run_is_logged_in_one_of_its_own(result):
+    run = MlflowClient(result.tracking_uri).get_run(result.run_id)
+    metrics, found = run.data.metrics, result.metrics
+    assert metrics["eval/held_out/tr_r5"] == found["itm"]["tr_r5"].value
+    assert metrics["eval/held_out/itc/ir_r1"] == found["itc"]["ir_r1"].value
+    assert metrics["eval/held_out/mean_recall_low"] == found["itm"]["mean_recall"].low
+    assert metrics["eval/held_out/mean_recall_chance"] == found["itm"]["mean_recall"].chance
+    assert run.data.params["top_k"] == str(TOP_K)
+    assert run.info.status == "FINISHED"
+    folder = Path(run.info.artifact_uri.removeprefix("file://")) / "eval" / "held_out"
+    assert sorted(path.name for path in folder.iterdir()) == ["recall.png", "retrieval.json"]
+
+
+def test_the_table_shows_each_metric_with_interval_and_chance(result):
+    console = Console(file=StringIO(), width=120)
+    console.print(summary_table(result))
+    printed = console.file.getvalue()
+    mean = result.metrics["itm"]["mean_recall"]
+    assert f"{100 * mean.value:.1f}  ({100 * mean.low:.1f} - {100 * mean.high:.1f})" in printed
+    assert f"ITM on the top {TOP_K}" in printed
+    assert f"{100 * mean.chance:.1f}" in printed
+
+
+def test_a_model_from_a_run_is_logged_in_that_run(result, config, model_folder):
+    run = open_run("train", model_folder, run_name="training", params={}, tags={})
+    again = evaluate_retrieval(replace(config, json=None))
+    assert again.run_id == run.run_id
+    assert again.metrics == result.metrics
+    logged = MlflowClient(run.uri).get_run(run.run_id)
+    assert logged.data.metrics["eval/held_out/tr_r1"] == again.metrics["itm"]["tr_r1"].value
+    assert logged.info.status == "RUNNING"
+
+
+def test_a_damaged_model_is_one_line_from_the_actor(local_ray, config, tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json") as caught:
+        evaluate_retrieval(replace(config, model=str(tmp_path)))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_absent_model_is_refused(local_ray, config):
+    with pytest.raises(InputError, match="--model nowhere: no such file or folder"):
+        evaluate_retrieval(replace(config, model="nowhere"))
+
+
+def test_cuda_without_a_gpu_is_refused(local_ray, config):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="--device cuda: Ray sees no GPU"):
+        evaluate_retrieval(replace(config, device="cuda"))
+
+
+def test_a_corpus_of_nothing_usable_is_one_line(local_ray, config, tmp_path):
+    row = picture_row(0) | {"captions": ["?!"]}
+    write_corpus(tmp_path, [row], rows_per_shard=4, rows_per_group=4)
+    with pytest.raises(InputError, match="none of its 1 pictures"):
+        evaluate_retrieval(replace(config, corpus=tmp_path))
