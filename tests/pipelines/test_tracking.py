@@ -171,6 +171,7 @@ def test_a_metric_that_the_store_refuses_does_not_hold_up_the_others(client, run
     assert steps(client, run, "loss") == [0]
 
 
+@pytest.mark.slow  # starts a process that imports MLflow
 def test_another_process_writes_into_the_same_run(client, run):
     program = (
         "import pickle, sys; handle = pickle.load(sys.stdin.buffer)\n"
@@ -237,6 +238,7 @@ def test_a_logged_model_is_a_version_that_load_model_reads(client, run, model_fo
     assert download_model("models:/albef-test@challenger") == folder
 
 
+@pytest.mark.slow  # starts a process that imports MLflow and torch
 def test_a_logged_model_holds_no_pickle_and_answers_in_a_fresh_process(
     run, store, model_folder, tmp_path
 ):
