@@ -50,11 +50,13 @@ test -e "$${XDG_CONFIG_HOME:-$$HOME/.config}/uv/uv.toml" || test -e /etc/uv/uv.t
   test -z "$$index" || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"
 endef
 
-# The Python is one that the machine has: uv is not to download another.
+# The Python is one that the machine has: uv is not to download another. Bytecode is compiled now,
+# or each of the ten processes of a small run would compile torch, Ray and MLflow for itself.
 $(READY): requirements.lock pyproject.toml
 	@$(FIND_UV); $(USE_PIP_INDEX); \
 	export UV_PYTHON_DOWNLOADS=never; set -x; \
 	"$$uv" venv --quiet --allow-existing --python '>=3.11,<3.14' .venv; \
-	"$$uv" pip sync --python $(BIN)/python --require-hashes requirements.lock; \
+	"$$uv" pip sync --python $(BIN)/python --compile-bytecode \
+	  --require-hashes requirements.lock; \
 	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --editable .; \
 	touch $@

@@ -1,8 +1,30 @@
 """What a user can turn in the science: sizes, text, objectives, recipe, optimizer."""
 
 from dataclasses import dataclass
+from math import inf
 
 from albef_core.errors import InputError
+
+
+def check_counts(config: object, *names: str, least: int = 1) -> None:
+    """Refuse a count below `least`, naming its flag."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"{_flag(name)} is a count of at least {least}, got {value}.")
+
+
+def check_range(config: object, *names: str, low: float = 0.0, high: float = inf) -> None:
+    """Refuse a number outside [low, high], an infinite one, and NaN, naming its flag."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high or value == inf:
+            bounds = f"is at least {low:g}" if high == inf else f"lies between {low:g} and {high:g}"
+            raise InputError(f"{_flag(name)} {bounds}, got {value}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +65,11 @@ class ModelConfig:
     """Dropout of hidden states and attention in the text and the multimodal encoder."""
 
     def __post_init__(self) -> None:
+        check_counts(self, "image_size", "patch_size", "image_width", "image_layers", "image_heads")
+        check_counts(self, "text_width", "text_heads", "text_mlp_width", "text_layers")
+        check_counts(self, "fusion_layers", "max_positions", "feature_size")
+        check_counts(self, "vocab_size", least=0)
+        check_range(self, "image_mlp_ratio", low=1e-3)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"--image-size {self.image_size} is not a multiple of --patch-size"
@@ -65,13 +92,19 @@ class TextConfig:
 
     tokenizer: str = "bert-base-uncased"
     """A name on the Hugging Face hub, a folder or file (vocab.txt or tokenizer.json), or `corpus`:
-    a WordPiece vocabulary learnt from the training corpus's own captions."""
+    a WordPiece vocabulary learned from the training corpus's own captions."""
     max_words: int = 30
     """A cleaned caption is cut to this many words."""
     max_tokens: int = 25
     """... and then to this many tokens, [CLS] and [SEP] included. The paper: 25."""
     corpus_vocab_size: int = 4000
-    """Most word pieces in a vocabulary learnt with `--tokenizer corpus`."""
+    """Most word pieces in a vocabulary learned with `--tokenizer corpus`."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "max_words")
+        # [CLS], one word piece, [SEP]; and the five special pieces with one beside them.
+        check_counts(self, "max_tokens", least=3)
+        check_counts(self, "corpus_vocab_size", least=6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,20 +179,15 @@ class ObjectiveConfig:
     num_slots: int = 65536
     """Slots Q of each feature queue. The paper: 65,536."""
     temperature: float = 0.07
-    """Starting temperature of ITC; learnt, and kept in [0.001, 0.5]."""
+    """Starting temperature of ITC; learned, and kept in [0.001, 0.5]."""
     mask_share: float = 0.15
     """Share of tokens that MLM masks: 80 % become [MASK], 10 % a random word, 10 % stay."""
 
     def __post_init__(self) -> None:
-        for flag in ("alpha", "teacher_momentum", "mask_share"):
-            if not 0 <= getattr(self, flag) <= 1:
-                raise InputError(
-                    f"--{flag.replace('_', '-')} lies between 0 and 1, got {getattr(self, flag)}."
-                )
-        if not 0.001 <= self.temperature <= 0.5:
-            raise InputError(f"--temperature lies between 0.001 and 0.5, got {self.temperature}.")
-        if self.num_slots < 1:
-            raise InputError(f"--num-slots is a count of at least 1, got {self.num_slots}.")
+        check_range(self, "alpha", "teacher_momentum", "mask_share", high=1.0)
+        check_range(self, "temperature", low=0.001, high=0.5)
+        check_range(self, "alpha_ramp_epochs")
+        check_counts(self, "num_slots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +212,12 @@ class OptimConfig:
     """Gradients are clipped to this total norm; 0 leaves them (the paper)."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < inf:
             raise InputError(f"--lr is a positive rate, got {self.lr}.")
+        check_counts(self, "warmup_steps", least=0)
+        check_range(self, "warmup_lr", "weight_decay", "clip_norm")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} is a share in [0, 1), got {getattr(self, name)}.")
         if not 0 <= self.min_lr <= self.lr:
             raise InputError(f"--min-lr lies between 0 and --lr ({self.lr}), got {self.min_lr}.")

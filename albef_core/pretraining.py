@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, Recipe
 from albef_core.feature_queue import FeatureQueue
+from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
 from albef_core.objectives.itc import gather_keys, itc_loss, itc_targets, similarities
 from albef_core.objectives.itm import (
@@ -225,7 +226,3 @@ class PretrainingModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> PretrainingStep:
         """Run `pretraining_step` on the student."""
         return pretraining_step(self.student, *args, **kwargs)
-
-
-NOT_SCORED = -100
-"""Label of a token that MLM does not score, as PyTorch's cross-entropy ignores it."""

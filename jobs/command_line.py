@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -92,9 +91,6 @@ def parse_preset(
 def run_job(main: Callable[[], object]) -> None:
     """Run a job to its exit code: 0 done, 1 failed (traceback), 2 refused input (one line)."""
     _set_up_logging()
-    # Since 2.59 Ray turns token authentication on for local clusters by itself, and clients that
-    # do not know of it are refused; whoever wants tokens says so by setting the variable.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         main()
     except InputError as error:

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, Recipe, TextConfig
+from albef_core.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    Recipe,
+    TextConfig,
+    check_counts,
+    check_range,
+)
 from albef_core.errors import InputError
 
 
@@ -36,18 +44,9 @@ class IngestConfig:
     """Images in a Parquet row group."""
 
     def __post_init__(self) -> None:
-        for flag in ("wrong_captions", "extra_words", "max_bad_share"):
-            if not 0 <= getattr(self, flag) <= 1:
-                raise InputError(
-                    f"--{flag.replace('_', '-')} is a share between 0 and 1,"
-                    f" got {getattr(self, flag)}."
-                )
-        for flag in ("num_images", "rows_per_shard", "rows_per_group"):
-            if getattr(self, flag) < 1:
-                raise InputError(
-                    f"--{flag.replace('_', '-')} is a count of at least 1,"
-                    f" got {getattr(self, flag)}."
-                )
+        check_range(self, "wrong_captions", "extra_words", "max_bad_share", high=1.0)
+        check_counts(self, "num_images", "rows_per_shard", "rows_per_group")
+        check_counts(self, "seed", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,11 @@ class AugmentConfig:
     """RandAugment operations per picture."""
     rand_level: int = 7
     """RandAugment's magnitude, 0 to 10."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "crop_scale_min", low=0.001, high=1.0)
+        check_counts(self, "rand_ops", least=0)
+        check_range(self, "rand_level", high=10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +129,10 @@ class PretrainConfig:
             )
         if self.steps is None and self.epochs is None:
             raise InputError("The run has no length. Give --steps or --epochs.")
-        for flag in ("steps", "epochs", "batch_size", "workers", "log_every"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise InputError(
-                    f"--{flag.replace('_', '-')} is a count of at least 1, got {value}."
-                )
+        check_counts(self, "steps", "epochs", "batch_size", "workers", "log_every")
+        check_counts(self, "seed", least=0)
+        check_range(self, "feed_cpus", "worker_cpus", low=0.01)
+        check_range(self, "max_bad_share", high=1.0)
         if self.batch_size % self.workers:
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be dealt evenly to --workers"
@@ -161,3 +163,7 @@ class EvaluateConfig:
     """Seed of the resampling."""
     experiment: str = "albef-evaluate"
     """MLflow experiment, where the model does not come from a run of its own."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "top_k", "batch_size", "bootstrap")
+        check_counts(self, "seed", least=0)

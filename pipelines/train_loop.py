@@ -127,6 +127,7 @@ class Worker:
             mask_share=config.objective.mask_share,
             keep_sep=config.recipe.keep_sep,
             words_only=config.recipe.words_only,
+            saturate_pixels=config.recipe.saturate_pixels,
             seed=config.seed,
             batch_size=config.batch_size,
         )

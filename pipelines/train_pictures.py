@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from albef_core.pretraining import NOT_SCORED, PretrainingStep
+from albef_core.masking import NOT_SCORED
+from albef_core.pretraining import PretrainingStep
 from albef_core.tokenizer import Tokenizer
 from pipelines.feed import FeedBatch
 from pipelines.report import CaptionTarget, HardNegative, WordTarget
