@@ -61,7 +61,7 @@ def tiny() -> PretrainConfig:
         text_weights="random",
         model=ModelConfig(
             image_size=64,
-            patch_size=8,
+            patch_size=16,
             image_width=128,
             image_layers=4,
             image_heads=4,
@@ -73,10 +73,12 @@ def tiny() -> PretrainConfig:
             vocab_size=0,
             max_positions=64,
             feature_size=64,
+            dropout=0.0,
         ),
         text=TextConfig(tokenizer="corpus"),
         augment=AugmentConfig(crop_scale_min=0.6, flip=False, rand_ops=0),
-        objective=ObjectiveConfig(num_slots=1024),
+        # Runs of a few hundred steps: a slower teacher would still be random, a longer queue stale.
+        objective=ObjectiveConfig(num_slots=64, teacher_momentum=0.99),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=50, clip_norm=1.0),
     )
 
