@@ -63,8 +63,8 @@ def itc_targets(
     teacher_similarity: Float[Tensor, "B K"], is_positive: Bool[Tensor, "B K"], *, alpha: float
 ) -> Float[Tensor, "B K"]:
     """Mix the labels with the teacher's softmax (equation 6): `alpha` of the latter."""
-    hard = is_positive / is_positive.sum(dim=1, keepdim=True)
-    return alpha * teacher_similarity.softmax(dim=1) + (1 - alpha) * hard.to(teacher_similarity)
+    hard = is_positive.to(teacher_similarity) / is_positive.sum(dim=1, keepdim=True)
+    return alpha * teacher_similarity.softmax(dim=1) + (1 - alpha) * hard
 
 
 def itc_loss(similarity: Float[Tensor, "B K"], targets: Float[Tensor, "B K"]) -> Float[Tensor, ""]:

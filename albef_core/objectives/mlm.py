@@ -1,4 +1,4 @@
-"""MLM, masked language modelling with a look at the image, and its distilled targets."""
+"""MLM, masked language modeling with a look at the image, and its distilled targets."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,1 @@
+"""Tests of albef_core.objectives."""
