@@ -50,8 +50,7 @@ class Schedule:
         warmup = min(config.warmup_steps, self.num_steps - 1)
         if step < warmup:
             return config.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.num_steps - warmup)
-        return _cosine(config, done)
+        return _cosine(config, step - warmup, of=max(1, self.num_steps - warmup))
 
     def _published(self, step: int) -> float:
         # The warm-up counter is read in hundreds of iterations, and only inside epoch 0; it moves
@@ -61,12 +60,13 @@ class Schedule:
         epoch, iteration = divmod(step, self.steps_per_epoch)
         if epoch > 0:
             num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
-            return _cosine(config, epoch / num_epochs)
+            return _cosine(config, epoch, of=num_epochs)
         moved = max(0, (iteration - 1) // 100) if iteration else 0
         if moved < hundreds:
-            return config.warmup_lr + moved * (config.lr - config.warmup_lr) / hundreds
+            return config.warmup_lr + moved * ((config.lr - config.warmup_lr) / hundreds)
         return config.lr
 
 
-def _cosine(config: OptimConfig, done: float) -> float:
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * done))
+def _cosine(config: OptimConfig, done: int, *, of: int) -> float:
+    # Rounds as the published code does, and so equals it to the last bit.
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * done / of))
