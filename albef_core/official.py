@@ -56,7 +56,7 @@ def our_name(official: str, *, text_layers: int) -> str | None:
     """Translate one official key; `text_layers` of the stack belong to the text encoder.
 
     A teacher's weight gets the prefix `teacher.`. None for `position_ids`, which hold nothing
-    learnt. Raises KeyError where the official code has no such key.
+    learned. Raises KeyError where the official code has no such key.
     """
     if match := WITH_TEACHER.match(official):
         student = official.replace(f"{match[1]}_m.", f"{match[1]}.", 1)
@@ -156,7 +156,10 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     text_layers = num_text_layers(state)
     ours = {}
     for key, tensor in state.items():
-        name = our_name(key, text_layers=text_layers)
+        try:
+            name = our_name(key, text_layers=text_layers)
+        except KeyError:
+            raise KeyError(key) from None  # the whole key, not the part of it that is unknown
         if name is not None:
             ours[name] = tensor.T if name.endswith(".features") else tensor
     return ours

@@ -5,13 +5,12 @@ except by `torch.load(weights_only=True)`, which makes tensors and nothing else.
 """
 
 import json
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,7 +84,7 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Loa
     if source.is_dir():
         return _load_folder(source, device)
     state = read_official(source)
-    config = model_config_of(state)
+    config = model_config_of(state, source=str(source))
     model = ALBEF(config)
     unused = ("teacher.", "queues.")
     report = apply_weights(
@@ -104,24 +103,31 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Loa
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json, so this is not a model folder of ours.")
-    saved = json.loads(path.read_text())
-    if saved.get("format") != FORMAT:
-        raise InputError(f"{path}: format {saved.get('format')}; this version reads {FORMAT}.")
-    config = ModelConfig(**saved["model"])
+    config, text, recipe = _read_config(folder / "config.json")
     model = ALBEF(config)
     weights = folder / "model.safetensors"
-    report = apply_weights(model, from_official(read_tensors(weights)), source=str(weights))
+    report = apply_weights(model, read_official(weights), source=str(weights))
     return LoadedModel(
         model=model.to(device),
         model_config=config,
-        text_config=TextConfig(**saved["text"]),
-        recipe=Recipe(**saved["recipe"]),
+        text_config=text,
+        recipe=recipe,
         tokenizer=Tokenizer.load(folder),
         report=report,
     )
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, TextConfig, Recipe]:
+    if not path.is_file():
+        raise InputError(f"{path.parent}: no config.json, so this is not a model folder of ours.")
+    try:
+        saved = json.loads(path.read_text())
+        version = saved["format"]
+        if version != FORMAT:
+            raise ValueError(f"format {version}; this version reads {FORMAT}")  # noqa: TRY301
+        return ModelConfig(**saved["model"]), TextConfig(**saved["text"]), Recipe(**saved["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
 def official_state(model: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
@@ -168,12 +174,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as weights ({reason}).") from error
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        raise InputError(
+            f"{path}: cannot be read as weights: it is cut short, damaged, of another format, or"
+            f" holds more than tensors ({type(error).__name__})."
+        ) from error
     while isinstance(saved, dict) and isinstance(saved.get("model"), dict):
         saved = saved["model"]
-    if not isinstance(saved, dict) or not all(torch.is_tensor(x) for x in saved.values()):
+    if not isinstance(saved, dict) or not all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in saved.items()
+    ):
         raise InputError(f"{path}: holds no dict of tensors, neither at its top nor under 'model'.")
     return saved
 
@@ -198,14 +208,14 @@ def apply_weights(
     bad = [f"misses {n}" for n in missing if not any(part in n for part in may_miss)]
     bad += [f"has {n}" for n in unexpected if not any(part in n for part in may_add)]
     with torch.no_grad():
-        for name in own.keys() & state.keys():
-            value = state[name]
-            if name.endswith("pos_embed") and value.shape != own[name].shape:
-                value = resize_position_embeddings(value, num_patches=own[name].shape[1] - 1)
-            if value.shape == own[name].shape:
+        for name in [name for name in own if name in state]:
+            value, shape = state[name], own[name].shape
+            if name.endswith("pos_embed") and value.shape != shape and _is_square_grid(value):
+                value = resize_position_embeddings(value, num_patches=shape[1] - 1)
+            if value.shape == shape:
                 own[name].copy_(value)
             else:
-                bad.append(f"has {name} of shape {list(value.shape)}, not {list(own[name].shape)}")
+                bad.append(f"has {name} of shape {list(value.shape)}, not {list(shape)}")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise InputError(
@@ -216,7 +226,13 @@ def apply_weights(
     return WeightsReport(source=source, matched=num_matched, missing=missing, unexpected=unexpected)
 
 
-def model_config_of(state: Mapping[str, Tensor]) -> ModelConfig:
+def _is_square_grid(position_embeddings: Tensor) -> bool:
+    # Not so in a distilled DeiT, which has a second token that is no patch.
+    num_patches = position_embeddings.shape[1] - 1 if position_embeddings.ndim == 3 else 0
+    return num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
+
+
+def model_config_of(state: Mapping[str, Tensor], *, source: str) -> ModelConfig:
     """Read the sizes off a checkpoint's shapes; heads are 64 wide, as in ViT-B and BERT."""
 
     def num_layers(prefix: str) -> int:
@@ -226,31 +242,29 @@ def model_config_of(state: Mapping[str, Tensor]) -> ModelConfig:
         patches = state["image_encoder.patch_embed.proj.weight"]
         words = state["text_encoder.word_embeddings.weight"]
         num_patches = state["image_encoder.pos_embed"].shape[1] - 1
-        up = state["text_encoder.layers.0.mlp.up.weight"]
-        image_up = state["image_encoder.blocks.0.mlp.fc1.weight"]
-        feature_size = len(state["image_projection.weight"])
-        max_positions = len(state["text_encoder.position_embeddings.weight"])
+        image_width, patch_size = patches.shape[0], patches.shape[2]
+        return ModelConfig(
+            image_size=round(num_patches**0.5) * patch_size,
+            patch_size=patch_size,
+            image_width=image_width,
+            image_layers=num_layers("image_encoder.blocks"),
+            image_heads=image_width // 64,
+            image_mlp_ratio=len(state["image_encoder.blocks.0.mlp.fc1.weight"]) / image_width,
+            text_width=words.shape[1],
+            text_heads=words.shape[1] // 64,
+            text_mlp_width=len(state["text_encoder.layers.0.mlp.up.weight"]),
+            text_layers=num_layers("text_encoder.layers"),
+            fusion_layers=num_layers("multimodal_encoder.layers"),
+            vocab_size=len(words),
+            max_positions=len(state["text_encoder.position_embeddings.weight"]),
+            feature_size=len(state["image_projection.weight"]),
+        )
     except KeyError as error:
         raise InputError(
-            f"The checkpoint has no {error}, which a pre-training or retrieval model needs."
+            f"{source}: has no {error}, which a pre-training or retrieval model needs."
         ) from error
-    image_width, patch_size = patches.shape[0], patches.shape[2]
-    return ModelConfig(
-        image_size=round(num_patches**0.5) * patch_size,
-        patch_size=patch_size,
-        image_width=image_width,
-        image_layers=num_layers("image_encoder.blocks"),
-        image_heads=image_width // 64,
-        image_mlp_ratio=len(image_up) / image_width,
-        text_width=words.shape[1],
-        text_heads=words.shape[1] // 64,
-        text_mlp_width=len(up),
-        text_layers=num_layers("text_encoder.layers"),
-        fusion_layers=num_layers("multimodal_encoder.layers"),
-        vocab_size=len(words),
-        max_positions=max_positions,
-        feature_size=feature_size,
-    )
+    except InputError as error:
+        raise InputError(f"{source}: its sizes fit no model: {error}") from error
 
 
 def load_image_weights(model: ALBEF, source: str) -> WeightsReport:
