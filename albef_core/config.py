@@ -1,6 +1,6 @@
 """What a user can turn in the science: sizes, text, objectives, recipe, optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf
 
 from albef_core.errors import InputError
@@ -164,6 +164,17 @@ def paper_2021() -> Recipe:
 
 
 RECIPES = {"corrected": corrected, "paper-2021": paper_2021}
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """Write a recipe as `--recipe` takes it: the nearest named one, then the fields that differ."""
+
+    def differences(name: str) -> list[str]:
+        named, own = asdict(RECIPES[name]()), asdict(recipe)
+        return [f"{field}={str(own[field]).lower()}" for field in own if own[field] != named[field]]
+
+    name = min(RECIPES, key=lambda name: len(differences(name)))
+    return ",".join([name, *differences(name)])
 
 
 @dataclass(frozen=True, kw_only=True)

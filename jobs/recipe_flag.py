@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from albef_core.config import RECIPES, Recipe
+from albef_core.config import RECIPES, Recipe, format_recipe
 from albef_core.errors import InputError
 
 
@@ -47,17 +47,6 @@ def parse_recipe(text: str) -> Recipe:
             raise InputError(f"--recipe: {field} is `true` or `false`, got {value!r}.")
         values[field] = value.strip().lower() == "true"
     return dataclasses.replace(RECIPES[name](), **values)
-
-
-def format_recipe(recipe: Recipe) -> str:
-    """Write a recipe as `parse_recipe` reads it: the nearest named one, then what differs."""
-
-    def differences(name: str) -> list[str]:
-        named, own = dataclasses.asdict(RECIPES[name]()), dataclasses.asdict(recipe)
-        return [f"{field}={str(own[field]).lower()}" for field in own if own[field] != named[field]]
-
-    name = min(RECIPES, key=lambda name: len(differences(name)))
-    return ",".join([name, *differences(name)])
 
 
 def recipe_help() -> str:

@@ -32,6 +32,8 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
     _guard_local_ray()
+    # Ray lowers its workers' priority; here they are the work, and any other process starves them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         num_cpus=max(MIN_LOCAL_CPUS, num_cpus or len(os.sched_getaffinity(0))),

@@ -24,6 +24,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         self.step = 0
         self.values: dict[str, float] = {}
+        self.refusal = ""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Note that `step` steps are done."""
@@ -32,6 +33,14 @@ class ProgressBoard:
     def read(self) -> tuple[int, dict[str, float]]:
         """Give what was written last."""
         return self.step, self.values
+
+    def refuse(self, sentence: str) -> None:
+        """Note a mistake of the user's that ends the run; a retry would meet it again."""
+        self.refusal = sentence
+
+    def read_refusal(self) -> str:
+        """Give the mistake, or "" where there was none."""
+        return self.refusal
 
 
 def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, total: int) -> Result:

@@ -6,13 +6,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
+from albef_core.config import format_recipe
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
@@ -67,6 +69,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         params=config,
         tags={
             "corpus.id": manifest.content_id,
+            "recipe": format_recipe(config.recipe),
             "seed": str(config.seed),
             "world_size": str(config.workers),
             **weights_tags,
@@ -74,7 +77,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     )
     tracker = Tracker(handle)
     tracker.log_artifact(run_dir / "config.json", "config.json")
-    board = ProgressBoard.remote()
+    board: Any = ProgressBoard.remote()
     job = TrainJob(
         config=config,
         start=run_dir / "start",
@@ -105,9 +108,12 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         result = run_with_progress(
             trainer.fit, board, title=f"pre-training {config.name}", total=num_steps
         )
-    except TrainingFailedError as error:
+    except TrainingFailedError:
         tracker.finish("FAILED")
-        raise _cause(error) from error
+        raise
+    if refusal := ray.get(board.read_refusal.remote()):
+        tracker.finish("FAILED")
+        raise InputError(refusal)
     model = _finished_model(result.checkpoint, run_dir / "model")
     stored = log_model(
         handle,
@@ -196,18 +202,6 @@ def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, config: PretrainCon
             f"--vocab-size {vocab_size} is less than the {tokenizer.vocab_size} word pieces of"
             f" --tokenizer {config.text.tokenizer}. Leave it out, or take a larger one."
         )
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """Find the user's mistake behind a failed training; else give the failure itself."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, InputError):
-                return InputError(str(cause))
-            cause = cause.__cause__
-    return error
 
 
 def _finished_model(checkpoint: Checkpoint | None, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """What every train worker does: batches from the feed, one step each, curves, pictures."""
 
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray.train
 import ray.train.torch
 import torch
@@ -57,8 +57,18 @@ class TrainJob:
 
 
 def train_loop(settings: dict[str, TrainJob]) -> None:
-    """Train to the end of the job, from the newest checkpoint of this run where there is one."""
+    """Train to the end of the job, from the newest checkpoint of this run where there is one.
+
+    A mistake of the user's goes to the driver by the board: raised, Ray Train would retry it.
+    """
     job = settings["job"]
+    try:
+        _train(job)
+    except InputError as error:
+        ray.get(job.board.refuse.remote(str(error)))
+
+
+def _train(job: TrainJob) -> None:
     worker = Worker(job)
     reported = ray.train.get_checkpoint()
     step = 0
@@ -346,4 +356,4 @@ def _timed(feed: Iterator[FeedBatch]) -> Iterator[tuple[FeedBatch, float]]:
 def _memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from command_line import parse, parse_preset, parse_task
-from recipe_flag import field_docs, format_recipe, parse_recipe
+from recipe_flag import field_docs, parse_recipe
 
-from albef_core.config import Recipe, corrected, paper_2021
+from albef_core.config import Recipe, corrected, format_recipe, paper_2021
 from albef_core.errors import InputError
 from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig
 from pipelines.config_file import write_config

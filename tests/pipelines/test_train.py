@@ -1,0 +1,191 @@
+"""A pre-training through the real Ray Train, the real feed and the real MLflow."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow.pyfunc
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from albef_core.config import ObjectiveConfig
+from albef_core.errors import InputError
+from albef_core.weights import load_model
+from pipelines.config import EvaluateConfig, PretrainConfig
+from pipelines.config_file import read_config
+from pipelines.evaluate import evaluate_retrieval
+from pipelines.presets import tiny
+from pipelines.train import PretrainResult, pretrain
+from tests.conftest import SmallCorpus
+
+STEPS = 14
+BATCH = 16
+
+
+def small_run(corpus: Path, root: Path, **changes: object) -> PretrainConfig:
+    preset = tiny()
+    config = dataclasses.replace(
+        preset,
+        corpus=corpus,
+        storage=root / "runs",
+        name="run",
+        steps=STEPS,
+        epochs=None,
+        batch_size=BATCH,
+        workers=2,
+        log_every=2,
+        model=dataclasses.replace(
+            preset.model, image_size=32, image_width=32, image_layers=1, text_width=32
+        ),
+        objective=ObjectiveConfig(num_slots=24),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray: None, small_corpus: SmallCorpus, store: Path) -> PretrainResult:
+    """One run of two workers over one epoch and a bit, shared by the tests of this file."""
+    patch = pytest.MonkeyPatch()
+    with patch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+        return pretrain(small_run(small_corpus.folder, store))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_training_leaves_one_run_with_curves_pictures_and_tags(
+    finished: PretrainResult, store: Path
+) -> None:
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    runs = [
+        run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])
+    ]
+    assert [run.info.run_id for run in runs] == [finished.handle.run_id]
+    run = runs[0]
+    assert run.info.status == "FINISHED"
+    for name in (
+        "train/loss/itc",
+        "train/loss/itm",
+        "train/loss/mlm",
+        "train/temperature",
+        "train/alpha",
+        "train/lr",
+        "train/queue_fill",
+        "train/hard_negative_similarity",
+        "train/itm_accuracy",
+        "train/pairs_per_s",
+        "train/memory_gb",
+        "feed/wait_share",
+        "pairs_seen",
+    ):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [point.step for point in history] == [2, 4, 6, 8, 10, 12, 14], name
+    pairs = client.get_metric_history(run.info.run_id, "pairs_seen")
+    assert pairs[-1].value == STEPS * BATCH
+    for tag in ("corpus.id", "recipe", "git.commit", "weights.image", "weights.text"):
+        assert run.data.tags[tag], tag
+    assert run.data.tags["world_size"] == "2"
+    assert run.data.params["objective.num_slots"] == "24"
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "pictures")]
+    assert any("hard-negatives" in path for path in pictures)
+    assert any("pseudo-targets" in path for path in pictures)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
+    finished: PretrainResult,
+) -> None:
+    from safetensors.torch import load_file
+
+    newest = max(finished.run_dir.glob("checkpoint-*"))
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == STEPS
+    moving = load_file(newest / "teacher.safetensors")
+    assert moving["queues.image.is_valid"].all()
+    assert moving["queues.image.pointer"] == (STEPS * BATCH) % 24
+    student = load_file(newest / "model.safetensors")
+    assert not moving["vision_proj_m.weight"].equal(student["vision_proj.weight"])
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_saved_config_starts_the_same_run_again(finished: PretrainResult) -> None:
+    config = read_config(finished.run_dir / "config.json", PretrainConfig)
+    assert config.objective.num_slots == 24
+    assert config.model.vocab_size == load_model(finished.model).tokenizer.vocab_size
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_registered_model_answers_and_is_evaluated_into_its_own_run(
+    finished: PretrainResult,
+    small_corpus: SmallCorpus,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = f"sqlite:///{store}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    assert finished.stored.uri == "models:/albef-pretrain/1"
+    result = evaluate_retrieval(
+        EvaluateConfig(
+            model=finished.stored.uri,
+            corpus=small_corpus.folder,
+            json=store / "retrieval.json",
+            top_k=4,
+            bootstrap=50,
+        )
+    )
+    assert result.run_id == finished.handle.run_id
+    saved = json.loads((store / "retrieval.json").read_text())
+    assert saved["num_images"] == small_corpus.num_images
+    for stage in ("itc", "itm"):
+        assert 0 < saved["metrics"][stage]["mean_recall"]["chance"] < 0.1
+    model = mlflow.pyfunc.load_model(finished.stored.uri)
+    from pipelines.manifest import read_manifest, read_row_group
+
+    group = read_manifest(small_corpus.folder).row_groups()[0]
+    table = read_row_group(small_corpus.folder, group.shard, group.index, ["image", "captions"])
+    picture = table["image"][0].as_py()
+    answer = model.predict(pd.DataFrame({"image": [picture], "text": ["A red square."]}))
+    assert -1 <= answer["similarity"][0] <= 1
+    assert 0 <= answer["match"][0] <= 1
+
+
+@pytest.mark.cluster
+def test_mistakes_are_refused_before_any_worker_starts(
+    local_ray: None, small_corpus: SmallCorpus, tmp_path: Path
+) -> None:
+    too_many = small_run(small_corpus.folder, tmp_path, workers=16)
+    with pytest.raises(InputError, match="leave none of the cluster"):
+        pretrain(too_many)
+    with pytest.raises(InputError, match="no-such-corpus"):
+        pretrain(small_run(tmp_path / "no-such-corpus", tmp_path))
+    with pytest.raises(InputError, match="203"):
+        pretrain(small_run(small_corpus.folder, tmp_path, batch_size=512))
+    missing = str(tmp_path / "bert.safetensors")
+    with pytest.raises(InputError, match=r"bert\.safetensors"):
+        pretrain(small_run(small_corpus.folder, tmp_path, text_weights=missing))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_too_many_rotten_pictures_stop_the_run_with_their_number(
+    local_ray: None,
+    make_corpus: Callable[..., SmallCorpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    corpus = make_corpus(200, broken=range(0, 200, 2))
+    config = small_run(corpus.folder, tmp_path, workers=1, batch_size=100, max_bad_share=0.1)
+    with pytest.raises(InputError, match=r"--max-bad-share 0\.1"):
+        pretrain(config)
