@@ -140,7 +140,7 @@ def num_text_layers(official_keys: Iterable[str]) -> int:
     layers: dict[int, bool] = {}
     for key in official_keys:
         if match := re.match(
-            r"^text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.(crossattention)?", key
+            r"^text_encoder(?:_m)?\.(?:bert\.)?encoder\.layer\.(\d+)\.(crossattention)?", key
         ):
             index = int(match[1])
             layers[index] = layers.get(index, False) or match[2] is not None

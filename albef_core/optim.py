@@ -42,7 +42,8 @@ class Schedule:
     """Move every step; else as the published code, by hundreds of steps and by epochs."""
 
     def lr_at(self, step: int) -> float:
-        """Give the learning rate of a step, counted from 0."""
+        """Give the learning rate of a step, counted from 0; past the run's end it stays."""
+        step = min(step, self.num_steps)
         return self._smooth(step) if self.per_step else self._published(step)
 
     def _smooth(self, step: int) -> float:

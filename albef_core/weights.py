@@ -130,13 +130,15 @@ def _read_config(path: Path) -> tuple[ModelConfig, TextConfig, Recipe]:
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
-def official_state(model: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
+def official_state(model: nn.Module, config: ModelConfig, *, prefix: str = "") -> dict[str, Tensor]:
     """Give a student's or teacher's weights their official names, each tensor once and on the CPU.
 
-    What the official files repeat (the decoder that is the word embedding) or can be counted out
+    `prefix` is `teacher.` for a teacher. What the official files repeat (the decoder that is the word embedding) or can be counted out
     (position ids) is left away.
     """
-    parameters = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    parameters = {
+        prefix + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()
+    }
     official = to_official(parameters, text_layers=config.text_layers)
     repeated = ("position_ids", "cls.predictions.bias")
     return {key: tensor for key, tensor in official.items() if not key.endswith(repeated)}

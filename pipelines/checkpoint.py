@@ -22,7 +22,9 @@ from albef_core.weights import apply_weights, official_state, read_tensors, save
 from pipelines.config import PretrainConfig
 from pipelines.config_file import config_digest, write_config
 
-QUEUE_PREFIX = "queues."
+TEACHER, QUEUES = "teacher.", "queues."
+"""Of names in `teacher.safetensors`: official for the teacher's weights, ours for the queues, which the
+official code keeps without ids and validity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,12 @@ def save_checkpoint(
         recipe=config.recipe,
         tokenizer=tokenizer,
     )
-    moving = official_state(state.teacher, config.model)
-    for name, tensor in state.queues.state_dict().items():
-        moving[QUEUE_PREFIX + name] = tensor.cpu().contiguous()
-    save_file(moving, folder / "teacher.safetensors")
+    moving = official_state(state.teacher, config.model, prefix=TEACHER)
+    queues = {name: tensor.cpu().contiguous() for name, tensor in state.queues.state_dict().items()}
+    save_file(
+        moving | {QUEUES + name: tensor for name, tensor in queues.items()},
+        folder / "teacher.safetensors",
+    )
     torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
     write_config(config, folder / "pretrain.json")
     versions = {name: version(name) for name in ("torch", "ray", "mlflow", "timm")}
@@ -78,9 +82,10 @@ def load_checkpoint(folder: Path, state: TrainState, *, config: ModelConfig) -> 
     student = from_official(read_tensors(folder / "model.safetensors"))
     apply_weights(state.student, student, source=str(folder))
     moving = load_file(folder / "teacher.safetensors")
-    queues = {k: v for k, v in moving.items() if k.startswith(QUEUE_PREFIX)}
-    state.queues.load_state_dict({k.removeprefix(QUEUE_PREFIX): v for k, v in queues.items()})
+    queues = {k: v for k, v in moving.items() if k.startswith(QUEUES)}
+    state.queues.load_state_dict({k.removeprefix(QUEUES): v for k, v in queues.items()})
     teacher = from_official({k: v for k, v in moving.items() if k not in queues})
+    teacher = {k.removeprefix(TEACHER): v for k, v in teacher.items()}
     apply_weights(state.teacher, teacher, source=str(folder))
     device = state.student.temperature.device
     saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)

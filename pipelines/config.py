@@ -179,7 +179,7 @@ class QuickstartConfig:
     """Pictures to train on."""
     num_held_out: int = 500
     """Unseen pictures to evaluate on."""
-    steps: int = 400
+    steps: int = 220
     """Optimizer steps of `tiny`."""
     batch_size: int = 64
     """Pairs in a global batch."""

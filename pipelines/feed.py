@@ -6,6 +6,7 @@ a pair looks like that of pairs.py.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from albef_core.errors import InputError
 from pipelines.order import steps_per_epoch
@@ -29,7 +31,23 @@ BLOCKS_IN_STORE = 8
 MIN_STORE_BYTES = 128_000_000
 """... but never less room than this, which small pictures do not fill."""
 
+SCHEDULER_PAUSE_S = 0.02
+"""Pause between two rounds of a data set's scheduler; a block takes ten times as long to make."""
+
 Block = dict[str, NDArray[Any]]
+
+
+class Pace(ExecutionCallback):
+    """Gives the trainer its core back.
+
+    The scheduler is a thread of the training process. While its buffers are full, finished tasks
+    stay ready and it polls them without a pause: measured in Ray 2.60, 80 % of a core and nearly
+    all of the interpreter lock, at a third of the training speed.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Sleep, with the lock released."""
+        time.sleep(SCHEDULER_PAUSE_S)
 
 
 class FeedOrderError(RuntimeError):
@@ -166,6 +184,7 @@ def _dataset(plan: Plan, steps: range) -> ray.data.Dataset:
     context.target_max_block_size = None  # or a large block would be cut in two
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [Pace]
     return dataset
 
 
