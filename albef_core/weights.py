@@ -133,8 +133,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, TextConfig, Recipe]:
 def official_state(model: nn.Module, config: ModelConfig, *, prefix: str = "") -> dict[str, Tensor]:
     """Give a student's or teacher's weights their official names, each tensor once and on the CPU.
 
-    `prefix` is `teacher.` for a teacher. What the official files repeat (the decoder that is the word embedding) or can be counted out
-    (position ids) is left away.
+    `prefix` is `teacher.` for a teacher. What the official files repeat (the decoder that is the
+    word embedding) or can be counted out (position ids) is left away.
     """
     parameters = {
         prefix + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()

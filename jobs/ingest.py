@@ -19,10 +19,8 @@ def main() -> None:
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("pictures", total=None)
-            report = ingest(
-                config,
-                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+            show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            report = ingest(config, on_progress=show)
     else:
         report = ingest(config)
     table = Table("corpus", Column(str(report.folder), overflow="fold"), title="Ingest")

@@ -23,8 +23,8 @@ from pipelines.config import PretrainConfig
 from pipelines.config_file import config_digest, write_config
 
 TEACHER, QUEUES = "teacher.", "queues."
-"""Of names in `teacher.safetensors`: official for the teacher's weights, ours for the queues, which the
-official code keeps without ids and validity."""
+"""Of names in `teacher.safetensors`: the teacher's weights under official keys, the queues under
+ours, because the official code keeps neither their ids nor what is valid."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -244,7 +244,7 @@ class Worker:
         )
 
     def keep(self, outcome: PretrainingStep, batch: FeedBatch, step: int) -> None:
-        """Write a checkpoint and the pictures of what is being learnt; all workers call it."""
+        """Write a checkpoint and the pictures of what is learned; all workers call it."""
         if self.rank == 0:
             tracker = self.curves.tracker
             negatives = hard_negatives(batch, outcome, count=PICTURE_ROWS)

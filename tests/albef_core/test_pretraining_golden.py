@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.official import our_name
@@ -205,7 +206,7 @@ def test_the_temperature_is_clamped_as_recorded() -> None:
 def test_two_ranks_agree_with_the_official_two_rank_run(tmp_path: Path) -> None:
     folder = GOLDEN / "pretrain_2ranks"
     num_steps = len(list(folder.glob("step_*")))
-    torch.multiprocessing.spawn(_rank, args=(2, num_steps, tmp_path), nprocs=2)
+    spawn(_rank, args=(2, num_steps, tmp_path), nprocs=2)
     kind, dtype = "features, similarities, targets, logits, weights", torch.float32
     for number in range(num_steps):
         recorded = load_file(folder / f"step_{number}" / "tensors.safetensors")
@@ -213,7 +214,8 @@ def test_two_ranks_agree_with_the_official_two_rank_run(tmp_path: Path) -> None:
         for rank in range(2):
             ours = load_file(tmp_path / f"step-{number}-rank-{rank}.safetensors")
             for name in ours.keys() & {key.removeprefix(f"rank{rank}.") for key in recorded}:
-                own = recorded.get(f"rank{rank}.{name}", recorded.get(name))
+                key = f"rank{rank}.{name}"
+                own = recorded[key if key in recorded else name]
                 row = "losses" if name.startswith("loss") else kind
                 assert_near(ours[name], own, tolerance(row, dtype, number), f"{number}/{name}")
             norms = by_our_names(scalars["grad_norm_averaged"])

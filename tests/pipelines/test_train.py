@@ -112,6 +112,7 @@ def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
     assert moving["queues.image.is_valid"].all()
     assert moving["queues.image.pointer"] == (STEPS * BATCH) % 24
     student = load_file(newest / "model.safetensors")
+    assert moving["vision_proj_m.weight"].shape == student["vision_proj.weight"].shape
     assert not moving["vision_proj_m.weight"].equal(student["vision_proj.weight"])
 
 
