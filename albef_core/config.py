@@ -117,6 +117,9 @@ class Recipe:
     image_id_positives: bool = True
     """ITC targets and ITM negatives know image ids, because two captions of one photograph are not
     each other's negatives; the published code takes only the diagonal as positive."""
+    global_keys: bool = True
+    """ITC compares with the pairs of all workers, so that the loss does not depend on how many
+    there are; the published code compares with the worker's own batch."""
     empty_queue: bool = True
     """Queues start empty and masked, because random unit vectors are negatives that teach nothing;
     the published code starts with them."""
@@ -152,6 +155,7 @@ def paper_2021() -> Recipe:
     """The published code exactly (salesforce/ALBEF b9727e4), quirks included."""
     return Recipe(
         image_id_positives=False,
+        global_keys=False,
         empty_queue=False,
         keep_sep=False,
         words_only=False,

@@ -15,6 +15,14 @@ def gather_rows(rows: Shaped[Tensor, " B *N"]) -> Shaped[Tensor, " K *N"]:
     return torch.cat(gathered)
 
 
+def rows_of_others(rows: Shaped[Tensor, " B *N"]) -> Shaped[Tensor, " K *N"]:
+    """Concatenate the rows of every worker but this one, in the order of ranks; none when alone."""
+    num_rows = len(rows)
+    start = dist.get_rank() * num_rows if is_distributed() else 0
+    everywhere = gather_rows(rows)
+    return torch.cat([everywhere[:start], everywhere[start + num_rows :]])
+
+
 def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
     """Average a tensor over all workers."""
     if not is_distributed():

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, Recipe
+from albef_core.distributed import rows_of_others
 from albef_core.feature_queue import FeatureQueue
 from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
-from albef_core.objectives.itc import gather_keys, itc_loss, itc_targets, similarities
+from albef_core.objectives.itc import Keys, gather_keys, itc_loss, itc_targets, similarities
 from albef_core.objectives.itm import (
     Negatives,
     itm_labels,
@@ -134,13 +135,18 @@ def pretraining_step(
         _, teacher_text_features = teacher.encode_text(batch.token_ids, batch.attention_mask)
 
     # Image-text contrast, against the teacher's view of the batch and of the recent past.
-    by_id = recipe.image_id_positives
-    texts = gather_keys(
-        teacher_text_features, queues.text, batch.image_ids, image_id_positives=by_id
-    )
-    images = gather_keys(
-        teacher_image_features, queues.image, batch.image_ids, image_id_positives=by_id
-    )
+    def keys(features: Float[Tensor, "B D"], queue: FeatureQueue) -> Keys:
+        elsewhere = (rows_of_others(features), rows_of_others(batch.image_ids))
+        return gather_keys(
+            features,
+            queue,
+            batch.image_ids,
+            image_id_positives=recipe.image_id_positives,
+            elsewhere=elsewhere if recipe.global_keys else None,
+        )
+
+    texts = keys(teacher_text_features, queues.text)
+    images = keys(teacher_image_features, queues.image)
     i2t = similarities(image_features, texts, student.temperature)
     t2i = similarities(text_features, images, student.temperature)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from albef_core.precision import full_precision, no_autocast
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What a query is compared with: the teacher's features of the batch, then the queue's."""
+    """What a query is compared with: teacher features of the batch, other workers, the queue."""
 
     features: Float[Tensor, "K D"]
     is_positive: Bool[Tensor, "B K"]
@@ -28,21 +28,26 @@ def gather_keys(
     image_ids: Int[Tensor, " B"],
     *,
     image_id_positives: bool,
+    elsewhere: tuple[Float[Tensor, "K D"], Int[Tensor, " K"]] | None = None,
 ) -> Keys:
     """Put the batch's teacher features before the queue as it was, and mark the positives.
 
-    With `image_id_positives` every key of the same photograph is positive; without, only the
-    batch's diagonal, as in the published code.
+    `elsewhere` are features and image ids of the other workers' pairs, between the two. With
+    `image_id_positives` every key of the same photograph is positive; without, only the batch's
+    diagonal, as in the published code.
     """
     num_pairs = len(teacher_features)
-    own = torch.ones(num_pairs, dtype=torch.bool, device=image_ids.device)
-    key_ids = torch.cat([image_ids, queue.image_ids])
-    is_valid = torch.cat([own, queue.is_valid])
+    batch_features, batch_ids = teacher_features, image_ids
+    if elsewhere is not None:
+        batch_features = torch.cat([batch_features, elsewhere[0]])
+        batch_ids = torch.cat([batch_ids, elsewhere[1]])
+    key_ids = torch.cat([batch_ids, queue.image_ids])
+    is_valid = torch.cat([torch.ones_like(batch_ids, dtype=torch.bool), queue.is_valid])
     if image_id_positives:
         is_positive = (image_ids[:, None] == key_ids) & is_valid & (key_ids != NO_IMAGE)
     else:
         is_positive = torch.eye(num_pairs, len(key_ids), dtype=torch.bool, device=image_ids.device)
-    features = torch.cat([teacher_features, queue.features.to(teacher_features.dtype)])
+    features = torch.cat([batch_features, queue.features.to(batch_features.dtype)])
     return Keys(features=features, is_positive=is_positive, is_valid=is_valid)
 
 

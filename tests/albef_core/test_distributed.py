@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from albef_core.distributed import gather_rows, is_distributed, mean_over_workers
+from albef_core.distributed import (
+    gather_rows,
+    is_distributed,
+    mean_over_workers,
+    rows_of_others,
+)
+from albef_core.feature_queue import FeatureQueue
+from albef_core.objectives.itc import gather_keys, itc_loss, itc_targets, similarities
 
 NUM_WORKERS = 2
 
@@ -27,7 +34,24 @@ def test_alone_every_function_is_the_identity() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     assert not is_distributed()
     assert gather_rows(rows) is rows
+    assert len(rows_of_others(rows)) == 0
     assert mean_over_workers(rows) is rows
+
+
+def itc_of(first: int, stop: int, *, elsewhere: bool) -> torch.Tensor:
+    """ITC of pairs first to stop of four; photograph 7 occurs in both halves."""
+    generator = torch.Generator().manual_seed(0)
+    queries, teacher, in_queue = torch.nn.functional.normalize(
+        torch.randn(3, 4, 5, generator=generator), dim=-1
+    )
+    image_ids = torch.tensor([7, 1, 2, 7])
+    queue = FeatureQueue(6, 5)
+    queue.push(in_queue, torch.tensor([1, 30, 31, 32]))
+    own, ids = teacher[first:stop], image_ids[first:stop]
+    others = (rows_of_others(own), rows_of_others(ids)) if elsewhere else None
+    keys = gather_keys(own, queue, ids, image_id_positives=True, elsewhere=others)
+    similarity = similarities(queries[first:stop], keys, torch.tensor(0.1))
+    return itc_loss(similarity, itc_targets(similarity, keys.is_positive, alpha=0.3))
 
 
 @pytest.mark.slow
@@ -44,6 +68,8 @@ def test_two_workers_gather_rows_by_rank_and_average(tmp_path: Path) -> None:
         expected = (told[0]["features"] + told[1]["features"]).detach() / NUM_WORKERS
         torch.testing.assert_close(found["mean"], expected)
         assert found["is untouched"]
+        assert torch.equal(found["others"], told[1 - rank]["image ids"])
+        torch.testing.assert_close(found["itc"], itc_of(0, 4, elsewhere=False))
 
 
 def _worker(rank: int, out: Path) -> None:
@@ -55,6 +81,8 @@ def _worker(rank: int, out: Path) -> None:
     found = {
         "gathered": {kind: gather_rows(value) for kind, value in rows.items()},
         "mean": mean,
+        "others": rows_of_others(rows["image ids"]),
+        "itc": mean_over_workers(itc_of(2 * rank, 2 * rank + 2, elsewhere=True)),
         "is untouched": torch.equal(rows["features"], own_rows(rank)["features"]),
     }
     torch.save(found, out / f"{rank}.pt")
