@@ -26,10 +26,9 @@ def generator(stream: Stream, *, seed: int, epoch: int, item: int = 0) -> np.ran
     Philox is counter-based: the key is (seed, item), and stream and epoch are the counter's high
     words, so streams are disjoint, and making one costs microseconds.
     """
-    uint64 = 2**64
-    return np.random.Generator(
-        np.random.Philox(key=[seed % uint64, item % uint64], counter=[0, 0, int(stream), epoch])
-    )
+    # As unsigned words: NumPy would round a list with a number beyond 63 bits to floats.
+    key = np.array([seed % 2**64, item % 2**64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, int(stream), epoch]))
 
 
 def epoch_order(

@@ -170,7 +170,10 @@ def test_every_field_of_a_recipe_can_be_changed_alone() -> None:
         ("tiny --corpus c --lr 0", "--lr is a positive rate, got 0.0."),
         ("tiny --corpus c --min-lr 1", "--min-lr lies between 0 and --lr (0.001), got 1.0."),
         ("tiny --corpus c --dropout 1", "--dropout is a share in [0, 1), got 1.0."),
-        ("tiny --corpus c --image-size 60", "--image-size 60 is not a multiple of --patch-size 8."),
+        (
+            "tiny --corpus c --image-size 60",
+            "--image-size 60 is not a multiple of --patch-size 16.",
+        ),
         ("tiny --corpus c --text-heads 3", "--text-width 128 is not a multiple of --text-heads 3."),
         ("tiny --corpus c --device tpu", "invalid choice 'tpu' for argument '--device'."),
         ("tiny --corpus c --precision fp8", "invalid choice 'fp8' for argument '--precision'."),

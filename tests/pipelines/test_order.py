@@ -36,6 +36,11 @@ def test_another_seed_or_epoch_gives_another_order(seed, epoch):
     assert not np.array_equal(order, epoch_order(group_rows, seed=seed, epoch=epoch + 1))
 
 
+def test_seeds_beyond_63_bits_are_told_apart():
+    orders = [epoch_order([16] * 20, seed=seed, epoch=0) for seed in (2**63, 2**63 + 1)]
+    assert not np.array_equal(*orders)
+
+
 @given(GROUPS, SEEDS, st.integers(1, 12))
 def test_a_window_holds_the_rows_of_its_groups_and_no_others(group_rows, seed, window_groups):
     group_of_row = np.repeat(np.arange(len(group_rows)), group_rows)

@@ -63,9 +63,10 @@ def test_closing_counts_what_was_never_sent():
 
 
 def test_beyond_its_limit_the_oldest_call_is_lost():
-    made, may_go = [], threading.Event()
+    made, has_begun, may_go = [], threading.Event(), threading.Event()
     outbox = Outbox("test", max_waiting=2)
-    outbox.put(may_go.wait)
+    outbox.put(lambda: (has_begun.set(), may_go.wait()))
+    assert has_begun.wait(5)
     for number in range(4):
         outbox.put(lambda number=number: made.append(number))
     may_go.set()
