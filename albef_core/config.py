@@ -215,8 +215,9 @@ class OptimConfig:
     """Where the cosine ends. The paper: 1e-5."""
     warmup_lr: float = 1e-5
     """Where the warm-up of the published code starts (stepwise schedule only)."""
-    warmup_steps: int = 1000
-    """Steps of linear warm-up. The paper: 1,000 (the published code takes 2,000)."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Default: 1,000, as in the paper; 2,000 where the recipe has
+    `per_step_schedule` false, as in the published code."""
     weight_decay: float = 0.02
     """Decoupled weight decay; none on biases and norms. The paper: 0.02."""
     beta1: float = 0.9

@@ -1,5 +1,7 @@
 """What the workers of one training tell each other; alone, every function is the identity."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
@@ -21,6 +23,15 @@ def rows_of_others(rows: Shaped[Tensor, " B *N"]) -> Shaped[Tensor, " K *N"]:
     start = dist.get_rank() * num_rows if is_distributed() else 0
     everywhere = gather_rows(rows)
     return torch.cat([everywhere[:start], everywhere[start + num_rows :]])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """List a picklable value of every worker, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:

@@ -41,6 +41,13 @@ class Schedule:
     per_step: bool
     """Move every step; else as the published code, by hundreds of steps and by epochs."""
 
+    @property
+    def warmup_steps(self) -> int:
+        """Give the configured steps of warm-up, else the paper's or the published code's."""
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        return 1000 if self.per_step else 2000
+
     def lr_at(self, step: int) -> float:
         """Give the learning rate of a step, counted from 0; past the run's end it stays."""
         step = min(step, self.num_steps)
@@ -48,7 +55,7 @@ class Schedule:
 
     def _smooth(self, step: int) -> float:
         config = self.optim
-        warmup = min(config.warmup_steps, self.num_steps - 1)
+        warmup = min(self.warmup_steps, self.num_steps - 1)
         if step < warmup:
             return config.lr * (step + 1) / warmup
         return _cosine(config, step - warmup, of=max(1, self.num_steps - warmup))
@@ -57,7 +64,7 @@ class Schedule:
         # The warm-up counter is read in hundreds of iterations, and only inside epoch 0; it moves
         # after iterations 0, 100, 200 ..., so that iterations 0..100 still run at the first value.
         config = self.optim
-        hundreds = config.warmup_steps // 100
+        hundreds = self.warmup_steps // 100
         epoch, iteration = divmod(step, self.steps_per_epoch)
         if epoch > 0:
             num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)

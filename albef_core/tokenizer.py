@@ -152,7 +152,7 @@ def _local_file(source: str | Path) -> Path:
 def _hub_file(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, _TOKENIZER_FILE))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub client passes on whatever its transport raises
         raise InputError(
             f"{name}: no such file or folder here, and no tokenizer from the Hugging Face hub"
             f" ({type(error).__name__}). Pass a local folder or vocab.txt."

@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path, state: TrainState, *, config: ModelConfig) -> 
     teacher = from_official({k: v for k, v in moving.items() if k not in queues})
     teacher = {k.removeprefix(TEACHER): v for k, v in teacher.items()}
     apply_weights(state.teacher, teacher, source=str(folder))
-    device = state.student.temperature.device
-    saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     state.optimizer.load_state_dict(saved)
     return int(json.loads((folder / "state.json").read_text())["step"])

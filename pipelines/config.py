@@ -133,6 +133,17 @@ class PretrainConfig:
         check_counts(self, "seed", least=0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
         check_range(self, "max_bad_share", high=1.0)
+        if self.text.max_tokens > self.model.max_positions:
+            raise InputError(
+                f"--max-tokens {self.text.max_tokens} is more than --max-positions"
+                f" {self.model.max_positions}. Lower it, or raise that."
+            )
+        if not self.recipe.guard_empty and self.batch_size < 2 * self.workers:
+            raise InputError(
+                f"--batch-size {self.batch_size} with --workers {self.workers} leaves a worker one"
+                " pair, which has no negative, and the recipe has guard_empty=false."
+                " Take a larger batch."
+            )
         if self.batch_size % self.workers:
             raise InputError(
                 f"--batch-size {self.batch_size} cannot be dealt evenly to --workers"

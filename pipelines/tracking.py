@@ -93,12 +93,15 @@ class RunHandle:
         database = sqlite_file(handle.uri)
         if database is not None and not database.is_file():
             return None  # opening it would create an empty one
+        _check_server(handle.uri)
         try:
-            MlflowClient(handle.uri).get_run(handle.run_id)
+            run = MlflowClient(handle.uri).get_run(handle.run_id)
         except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             logger.warning("%s: names run %s, which is gone (%s)", path, handle.run_id, error)
             return None
-        return handle
+        return handle if run.info.lifecycle_stage == "active" else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
     # Workers run in other folders: a relative name would be another store in each.
     database = sqlite_file(uri)
-    return uri if database is None else f"sqlite:///{database}"
+    if database is not None:
+        return f"sqlite:///{database}"
+    return uri if ":" in uri else Path(uri).absolute().as_uri()
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -18,19 +18,44 @@ from albef_core.config import format_recipe
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import load_image_weights, load_model, load_text_weights, save_model
+from albef_core.weights import (
+    apply_weights,
+    load_image_weights,
+    load_model,
+    load_text_weights,
+    save_model,
+)
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig
-from pipelines.config_file import write_config
+from pipelines.config_file import read_config, write_config
 from pipelines.manifest import Manifest, read_captions, read_manifest
 from pipelines.order import steps_per_epoch
 from pipelines.progress import ProgressBoard, run_with_progress
-from pipelines.tracking import RunHandle, StoredModel, Tracker, log_model, open_run
+from pipelines.tracking import RunHandle, StoredModel, Tracker, flatten, log_model, open_run
 from pipelines.train_loop import TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+CORPUS_FILE = "corpus_id"
+"""File in a run's folder with the content id of what it trains on."""
+MAY_CHANGE = frozenset(
+    {
+        "steps",
+        "epochs",
+        "workers",
+        "device",
+        "corpus",
+        "storage",
+        "log_every",
+        "feed_cpus",
+        "worker_cpus",
+        "max_bad_share",
+        "experiment",
+        "register",
+    }
+)
+"""Fields that a run may go on with when they differ; the corpus's content may not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +78,20 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     Raises:
         InputError: corpus, tokenizer, starting weights or resources do not fit the config.
     """
+    # Ray Train gives its workers another folder: relative names would mean nothing there.
+    config = dataclasses.replace(
+        config, corpus=config.corpus.absolute(), storage=config.storage.absolute()
+    )
     manifest = read_manifest(config.corpus)
     epoch_steps = steps_per_epoch(manifest.num_images, config.batch_size)
-    num_steps = config.steps or (config.epochs or 0) * epoch_steps
     connect()
     use_gpu = _use_gpu(config)
-    run_dir = (config.storage / config.name).absolute()
+    run_dir = config.storage / config.name
+    _refuse_another(config, run_dir, manifest.content_id)
     run_dir.mkdir(parents=True, exist_ok=True)
-    config, weights_tags = _prepare_start(config, manifest, run_dir / "start")
-    write_config(config, run_dir / "config.json")
+    asked, (config, weights_tags) = config, _prepare_start(config, manifest, run_dir / "start")
+    write_config(asked, run_dir / "config.json")
+    (run_dir / CORPUS_FILE).write_text(manifest.content_id)
     handle = open_run(
         config.experiment,
         run_dir,
@@ -72,21 +102,43 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             "recipe": format_recipe(config.recipe),
             "seed": str(config.seed),
             "world_size": str(config.workers),
+            "device": "cuda" if use_gpu else "cpu",
             **weights_tags,
         },
     )
     tracker = Tracker(handle)
-    tracker.log_artifact(run_dir / "config.json", "config.json")
-    board: Any = ProgressBoard.remote()
-    job = TrainJob(
-        config=config,
-        start=run_dir / "start",
-        corpus_id=manifest.content_id,
-        num_steps=num_steps,
-        steps_per_epoch=epoch_steps,
+    try:
+        tracker.log_artifact(run_dir / "config.json", "config.json")
+        job = TrainJob(
+            config=config,
+            start=run_dir / "start",
+            corpus_id=manifest.content_id,
+            num_steps=config.steps or (config.epochs or 0) * epoch_steps,
+            steps_per_epoch=epoch_steps,
+            handle=handle,
+            board=ProgressBoard.remote(),
+        )
+        checkpoint = _fit(job, use_gpu=use_gpu)
+        model = _finished_model(checkpoint, run_dir / "model")
+        tags = {"corpus.id": manifest.content_id, "seed": str(config.seed)}
+        stored = log_model(handle, model, register=config.register, tags=tags)
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.finish()
+    return PretrainResult(
+        run_dir=run_dir,
+        model=model,
         handle=handle,
-        board=board,
+        stored=stored,
+        num_steps=job.num_steps,
+        corpus_id=manifest.content_id,
     )
+
+
+def _fit(job: TrainJob, *, use_gpu: bool) -> Checkpoint:
+    """Run Ray Train to the end and give the last checkpoint."""
+    config = job.config
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a report counts
     trainer = TorchTrainer(
         train_loop,
@@ -98,48 +150,52 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         ),
         run_config=RunConfig(
             name=config.name,
-            storage_path=str(config.storage.absolute()),
+            storage_path=str(config.storage),
             failure_config=FailureConfig(max_failures=2),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
     )
+    title = f"pre-training {config.name}"
     try:
-        result = run_with_progress(
-            trainer.fit, board, title=f"pre-training {config.name}", total=num_steps
-        )
+        result = run_with_progress(trainer.fit, job.board, title=title, total=job.num_steps)
     except TrainingFailedError:
-        tracker.finish("FAILED")
+        _raise_refusal(job.board)
         raise
+    _raise_refusal(job.board)
+    assert result.checkpoint is not None, "every run ends with a checkpoint"
+    return result.checkpoint
+
+
+def _raise_refusal(board: Any) -> None:
     if refusal := ray.get(board.read_refusal.remote()):
-        tracker.finish("FAILED")
         raise InputError(refusal)
-    model = _finished_model(result.checkpoint, run_dir / "model")
-    stored = log_model(
-        handle,
-        model,
-        register=config.register,
-        tags={"corpus.id": manifest.content_id, "seed": str(config.seed)},
-    )
-    tracker.finish()
-    return PretrainResult(
-        run_dir=run_dir,
-        model=model,
-        handle=handle,
-        stored=stored,
-        num_steps=num_steps,
-        corpus_id=manifest.content_id,
-    )
+
+
+def _refuse_another(config: PretrainConfig, run_dir: Path, corpus_id: str) -> None:
+    """Let a name go on only as what it was: other data or objectives would mix two runs in one."""
+    if not (run_dir / "config.json").is_file():
+        return
+    before = flatten(read_config(run_dir / "config.json", PretrainConfig))
+    now = flatten(config)
+    other = [name for name in now if now[name] != before[name] and name not in MAY_CHANGE]
+    if (run_dir / CORPUS_FILE).read_text() != corpus_id:
+        other.append("corpus")
+    if other:
+        raise InputError(
+            f"--name {config.name}: {run_dir} holds a run with other values of"
+            f" {', '.join(other)}. Give another --name, or the same flags to go on with it."
+        )
 
 
 def _use_gpu(config: PretrainConfig) -> bool:
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.device == "cuda" and num_gpus < config.workers:
+    use_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    if use_gpu and num_gpus < config.workers:
         raise InputError(
-            f"--device cuda with --workers {config.workers}: the cluster has {num_gpus} GPUs."
-            " Take fewer workers, or --device cpu."
+            f"--device {config.device} with --workers {config.workers}: the cluster has {num_gpus}"
+            " GPUs. Take fewer workers, or --device cpu."
         )
-    use_gpu = config.device != "cpu" and num_gpus >= config.workers
     num_cpus = ray.cluster_resources().get("CPU", 0)
     if config.workers * config.worker_cpus + config.feed_cpus > num_cpus:
         raise InputError(
@@ -160,19 +216,30 @@ def _prepare_start(
     torch.manual_seed(config.seed)
     if config.init:
         start = load_model(config.init)
-        tokenizer, sizes, model = start.tokenizer, start.model_config, start.model
-        reports = {"weights.image": start.report, "weights.text": start.report}
+        if start.report.missing:
+            raise InputError(
+                f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"
+                " fine-tuned models have none. Start from a pre-training checkpoint."
+            )
+        tokenizer = start.tokenizer
+        sizes = dataclasses.replace(
+            start.model_config, image_size=config.model.image_size, dropout=config.model.dropout
+        )
+        model = ALBEF(sizes)
+        weights = dict(start.model.named_parameters())
+        report = apply_weights(model, weights, source=config.init)
+        reports = {"weights.image": report, "weights.text": report}
     else:
         tokenizer = _tokenizer(config, manifest)
         sizes = dataclasses.replace(
             config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
         )
-        _check_vocabulary(sizes.vocab_size, tokenizer, config)
         model = ALBEF(sizes, temperature=config.objective.temperature)
         reports = {
             "weights.image": load_image_weights(model, config.image_weights),
             "weights.text": load_text_weights(model, config.text_weights),
         }
+    _check_vocabulary(sizes.vocab_size, tokenizer, config)
     for side, report in reports.items():
         logger.info("%s from %s", side, report)
     config = dataclasses.replace(config, model=sizes)
@@ -204,9 +271,8 @@ def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, config: PretrainCon
         )
 
 
-def _finished_model(checkpoint: Checkpoint | None, folder: Path) -> Path:
+def _finished_model(checkpoint: Checkpoint, folder: Path) -> Path:
     """Copy the student out of the last checkpoint: a model folder without teacher and optimizer."""
-    assert checkpoint is not None, "every run ends with a checkpoint"
     folder.mkdir(exist_ok=True)
     with checkpoint.as_directory() as source:
         for file in Path(source).iterdir():

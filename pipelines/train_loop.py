@@ -1,5 +1,6 @@
 """What every train worker does: batches from the feed, one step each, curves, pictures."""
 
+import math
 import resource
 import tempfile
 import time
@@ -16,7 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.batch import PairBatch, normalize
-from albef_core.distributed import gather_rows, is_distributed, mean_over_workers
+from albef_core.distributed import (
+    gather_objects,
+    gather_rows,
+    is_distributed,
+    mean_over_workers,
+)
 from albef_core.errors import InputError
 from albef_core.objectives.itm import sample_hard_negatives
 from albef_core.optim import Schedule, adamw
@@ -59,13 +65,16 @@ class TrainJob:
 def train_loop(settings: dict[str, TrainJob]) -> None:
     """Train to the end of the job, from the newest checkpoint of this run where there is one.
 
-    A mistake of the user's goes to the driver by the board: raised, Ray Train would retry it.
+    A mistake of the user's goes to the driver by the board; Ray Train's retry then ends at once.
     """
     job = settings["job"]
+    if ray.get(job.board.read_refusal.remote()):
+        return
     try:
         _train(job)
     except InputError as error:
         ray.get(job.board.refuse.remote(str(error)))
+        raise  # or workers that do not share the trouble would wait for this one
 
 
 def _train(job: TrainJob) -> None:
@@ -75,16 +84,20 @@ def _train(job: TrainJob) -> None:
     if reported is not None:
         with reported.as_directory() as folder:
             step = load_checkpoint(Path(folder), worker.state, config=job.config.model)
-    for feed_batch, waited_s in _timed(worker.feed(start=step)):
-        started = time.perf_counter()
-        batch = worker.to_device(feed_batch)
-        outcome = worker.train_step(batch, step)
-        step += 1
-        is_epoch_end = step % job.steps_per_epoch == 0 or step == job.num_steps
-        worker.log(outcome, feed_batch, step, started=started, waited_s=waited_s, last=is_epoch_end)
-        if is_epoch_end:
-            worker.keep(outcome, feed_batch, step)
-    worker.close()
+    try:
+        for feed_batch, waited_s in _timed(worker.feed(start=step)):
+            started = time.perf_counter()
+            batch = worker.to_device(feed_batch)
+            outcome = worker.train_step(batch, step)
+            step += 1
+            is_epoch_end = step % job.steps_per_epoch == 0 or step == job.num_steps
+            worker.log(
+                outcome, feed_batch, step, started=started, waited_s=waited_s, last=is_epoch_end
+            )
+            if is_epoch_end:
+                worker.keep(outcome, feed_batch, step)
+    finally:
+        worker.close()
 
 
 class Worker:
@@ -129,7 +142,7 @@ class Worker:
         """Open this worker's share of the plan, from step `start` on."""
         config = self.job.config
         spec = FeedSpec(
-            corpus=config.corpus.absolute(),
+            corpus=config.corpus,
             tokenizer=str(self.job.start),
             text=config.text,
             augment=config.augment,
@@ -245,6 +258,7 @@ class Worker:
 
     def keep(self, outcome: PretrainingStep, batch: FeedBatch, step: int) -> None:
         """Write a checkpoint and the pictures of what is learned; all workers call it."""
+        self.curves.name_bad()
         if self.rank == 0:
             tracker = self.curves.tracker
             negatives = hard_negatives(batch, outcome, count=PICTURE_ROWS)
@@ -309,6 +323,11 @@ class Curves:
         share = torch.tensor([self.waited_s / elapsed, float(len(self.bad_ids))], device=device)
         means = mean_over_workers(torch.cat([local, share])).tolist()
         *values, wait_share, bad_per_worker = means
+        if not math.isfinite(values[0]):
+            raise InputError(
+                f"step {step}: the loss is {values[0]}. Lower --lr, set --clip-norm 1, or keep"
+                " `guard_empty` in --recipe; the checkpoint before it is good."
+            )
         num_bad, num_read = bad_per_worker * self.world_size, self.all_pairs * self.world_size
         if self.rank == 0:
             curves = dict(zip(averaged, values, strict=True)) | known
@@ -330,11 +349,15 @@ class Curves:
                 f" more than --max-bad-share {limit}. Build it again with jobs/ingest.py."
             )
 
+    def name_bad(self) -> None:
+        """Keep the names of all pictures that did not decode on any worker (a collective)."""
+        ids = sorted({image_id for ids in gather_objects(self.bad_ids) for image_id in ids})
+        if self.rank == 0 and ids:
+            self.tracker.log_dict({"did_not_decode": ids}, "bad_images.json")
+
     def close(self) -> None:
-        """Name the pictures that did not decode, and send what is left."""
+        """Send what is left."""
         if self.rank == 0:
-            if self.bad_ids:
-                self.tracker.log_dict({"did_not_decode": self.bad_ids}, "bad_images.json")
             self.tracker.close()
 
 

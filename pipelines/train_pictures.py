@@ -38,7 +38,8 @@ def word_targets(
 ) -> list[WordTarget]:
     """Show the teacher's words for some masks, the surest first."""
     rows, columns = np.nonzero(batch.mlm_labels != NOT_SCORED)
-    probabilities, words = step.mlm.teacher_logits.softmax(dim=1).topk(NUM_SHOWN)
+    known = step.mlm.teacher_logits[:, : tokenizer.vocab_size]  # the model may have spare rows
+    probabilities, words = known.softmax(dim=1).topk(NUM_SHOWN)
     surest = probabilities[:, 0].argsort(descending=True).tolist()
     targets = []
     for target in surest[:count]:

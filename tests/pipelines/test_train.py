@@ -55,7 +55,9 @@ def finished(local_ray: None, small_corpus: SmallCorpus, store: Path) -> Pretrai
     patch = pytest.MonkeyPatch()
     with patch.context() as environment:
         environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
-        return pretrain(small_run(small_corpus.folder, store))
+        # Relative names, because workers run in another folder than the driver.
+        environment.chdir(small_corpus.folder.parent)
+        return pretrain(small_run(Path(small_corpus.folder.name), store))
 
 
 @pytest.mark.cluster
@@ -121,7 +123,9 @@ def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
 def test_the_saved_config_starts_the_same_run_again(finished: PretrainResult) -> None:
     config = read_config(finished.run_dir / "config.json", PretrainConfig)
     assert config.objective.num_slots == 24
-    assert config.model.vocab_size == load_model(finished.model).tokenizer.vocab_size
+    assert config.model.vocab_size == 0, "as asked for, so that it fits another corpus too"
+    loaded = load_model(finished.model)
+    assert loaded.model_config.vocab_size == loaded.tokenizer.vocab_size
 
 
 @pytest.mark.cluster
@@ -159,6 +163,26 @@ def test_the_registered_model_answers_and_is_evaluated_into_its_own_run(
     answer = model.predict(pd.DataFrame({"image": [picture], "text": ["A red square."]}))
     assert -1 <= answer["similarity"][0] <= 1
     assert 0 <= answer["match"][0] <= 1
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_name_goes_on_as_what_it_was_or_not_at_all(
+    finished: PretrainResult,
+    small_corpus: SmallCorpus,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    with pytest.raises(InputError, match=r"other values of seed\."):
+        pretrain(small_run(small_corpus.folder, store, seed=1))
+    longer = pretrain(small_run(small_corpus.folder, store, steps=STEPS + 3, workers=1))
+    assert longer.handle.run_id == finished.handle.run_id
+    newest = max(finished.run_dir.glob("checkpoint-*"))
+    assert json.loads((newest / "state.json").read_text())["step"] == STEPS + 3
+    client = MlflowClient(longer.handle.uri)
+    points = client.get_metric_history(longer.handle.run_id, "pairs_seen")
+    assert [point.step for point in points] == [2, 4, 6, 8, 10, 12, 14, 16, 17]
 
 
 @pytest.mark.cluster
