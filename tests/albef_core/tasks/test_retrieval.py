@@ -15,6 +15,7 @@ from albef_core.tasks.retrieval import (
     rerank,
 )
 from albef_core.weights import apply_weights, read_official
+from tests.albef_core.replay import sizes_of
 from tests.golden_folder import GOLDEN, needs_golden
 
 # The official code's own float32 and float64 runs differ by 2e-5 here (metrics.json).
@@ -154,21 +155,4 @@ def test_the_scores_equal_the_official_evaluation(top_k):
 
 
 def official_model(recorded):
-    bert = recorded["bert_config"]
-    config = ModelConfig(
-        image_size=recorded["image_res"],
-        patch_size=recorded["patch_size"],
-        image_width=recorded["vision_width"],
-        image_layers=recorded["vision_depth"],
-        image_heads=recorded["vision_heads"],
-        image_mlp_ratio=float(recorded["vision_mlp_ratio"]),
-        text_width=bert["hidden_size"],
-        text_heads=bert["num_attention_heads"],
-        text_mlp_width=bert["intermediate_size"],
-        text_layers=bert["fusion_layer"],
-        fusion_layers=bert["num_hidden_layers"] - bert["fusion_layer"],
-        vocab_size=bert["vocab_size"],
-        max_positions=bert["max_position_embeddings"],
-        feature_size=recorded["embed_dim"],
-    )
-    return ALBEF(config)
+    return ALBEF(sizes_of(recorded))
