@@ -12,20 +12,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 from recipe_flag import field_docs, nearest, recipe_help, recipe_rule
 from tyro.constructors import (
     ConstructorRegistry,
+    PrimitiveConstructorSpec,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
 )
 
 from albef_core.config import Recipe
-from albef_core.errors import InputError
-from pipelines.config import PretrainConfig
+from albef_core.errors import InputError, Preempted
+from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig, QuickstartConfig
 from pipelines.presets import UNSET
 
 Config = TypeVar("Config")
@@ -34,24 +35,35 @@ HELP = ("-h", "--help")
 ALIASES = {"lr": "--learning-rate"}
 # Two lengths of one run: naming one takes away what the preset says of the other.
 RIVALS = {"steps": "epochs", "epochs": "steps"}
-CONFIG_HELP = "Start from a run's saved config.json in place of a preset; other flags change it."
+# Flags that may stand alone, and what they mean then.
+ALONE = {"resume": "newest"}
+SAVED_AS = {
+    PretrainConfig: "a run's saved config.json, in place of a preset",
+    IngestConfig: "the config.json beside a corpus's manifest",
+    EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
+    QuickstartConfig: "the config.json of an earlier quickstart",
+}
+"""What `--config` reads, by the class that the file holds; a class not here has no such flag."""
 FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+PREEMPTED = 75
+"""Exit code of a training that was asked to stop: EX_TEMPFAIL, run it again and it goes on."""
 
 
 def parse(config_class: type[Config], *, args: Sequence[str] | None = None) -> Config:
-    """Read the flags of a job that has neither presets nor tasks.
+    """Read `[--config FILE] [flags]`, for a job that has neither presets nor tasks.
 
     Raises:
         InputError: a flag is unknown, missing or impossible.
     """
-    doc = inspect.getdoc(config_class) or ""
-    return _read_flags(config_class, _command(args), prog=_program(), doc=doc)
+    words, doc = _command(args), inspect.getdoc(config_class) or ""
+    start = _saved(config_class, words)
+    return _read_flags(config_class, words, prog=_program(), doc=doc, start=start)
 
 
 def parse_task(
     tasks: Mapping[str, tuple[str, type[Config]]], *, args: Sequence[str] | None = None
 ) -> tuple[str, Config]:
-    """Read `TASK [flags]`: the task's name and its config; `tasks` holds a sentence and a class.
+    """Read `TASK [--config FILE] [flags]`; `tasks` holds a sentence and a config class by name.
 
     Raises:
         InputError: the task is none of `tasks`, or a flag is unknown, missing or impossible.
@@ -59,7 +71,9 @@ def parse_task(
     words = _command(args)
     name = _first_word(words, {name: doc for name, (doc, _class) in tasks.items()}, "task")
     doc, config_class = tasks[name]
-    return name, _read_flags(config_class, words[1:], prog=f"{_program()} {name}", doc=doc)
+    start = _saved(config_class, words)
+    prog = f"{_program()} {name}"
+    return name, _read_flags(config_class, words[1:], prog=prog, doc=doc, start=start)
 
 
 def parse_preset(
@@ -75,13 +89,13 @@ def parse_preset(
     """
     words = _command(args)
     docs = {name: inspect.getdoc(preset) or "" for name, preset in presets.items()}
-    file = _value_after("--config", words)
-    if file is not None and words[0] not in presets:
-        name, prog, doc = "config", _program(), CONFIG_HELP
+    saved = _saved(PretrainConfig, words)
+    if saved is not None and words[0] not in presets:
+        name, prog, doc = "config", _program(), _config_help(PretrainConfig)
     else:
         name = _first_word(words, docs, "preset")
         words, prog, doc = words[1:], f"{_program()} {name}", docs[name]
-    start = presets[name]() if file is None else _read_saved(Path(file), PretrainConfig)
+    start = presets[name]() if saved is None else saved
     config = _read_flags(PretrainConfig, words, prog=prog, doc=doc, start=start)
     if "--name" in _given(words):
         return config
@@ -89,21 +103,27 @@ def parse_preset(
 
 
 def run_job(main: Callable[[], object]) -> None:
-    """Run a job to its exit code: 0 done, 1 failed (traceback), 2 refused input (one line)."""
+    """Run a job to its exit code.
+
+    0: done; 1: failed (traceback); 2: refused input (one line); 75: stopped with a good checkpoint
+    (one line), so that a scheduler may start the same command again.
+    """
     _set_up_logging()
     try:
         main()
     except InputError as error:
-        _refuse(str(error))
+        _end(str(error), 2)
+    except Preempted as error:
+        _end(str(error), PREEMPTED)
     except FILE_ERRORS as error:
         if error.filename is None:
             raise
-        _refuse(f"{error.filename}: {error.strerror}. Check the path.")
+        _end(f"{error.filename}: {error.strerror}. Check the path.", 2)
 
 
-def _refuse(message: str) -> None:
+def _end(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"{Path(sys.argv[0]).stem}: {' '.join(message.split())}\n")
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _set_up_logging() -> None:
@@ -142,18 +162,25 @@ def _first_word(words: Sequence[str], docs: Mapping[str, str], kind: str) -> str
             f"All flags with their defaults: {_program()} {next(iter(docs))} --help\n"
         )
         if kind == "preset":
-            sys.stdout.write(f"--config FILE: {CONFIG_HELP}\n")
+            sys.stdout.write(f"--config FILE: {_config_help(PretrainConfig)}\n")
         raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise InputError(f"The {kind} is missing. The command starts with one of: {names}.")
     raise InputError(f"{words[0]!r} is no {kind}.{nearest(words[0], docs)} There are: {names}.")
 
 
-def _read_saved(file: Path, config_class: type[Config]) -> Config:
+def _saved(config_class: type[Config], words: Sequence[str]) -> Config | None:
+    file = _value_after("--config", words)
+    if file is None or config_class not in SAVED_AS:
+        return None
     # cattrs takes half of a second's budget for help, and most commands name no file.
     from pipelines.config_file import read_config
 
-    return read_config(file, config_class)
+    return read_config(Path(file), config_class)
+
+
+def _config_help(config_class: type) -> str:
+    return f"Start from {SAVED_AS[config_class]}; other flags change it."
 
 
 def _value_after(flag: str, words: Sequence[str]) -> str | None:
@@ -196,7 +223,7 @@ def _read_flags(
     if not set(HELP) & set(words):
         _check_names(config_class, given, start)
     for name, rival in RIVALS.items():
-        if start is not None and _flag(name) in given and getattr(start, rival) is not None:
+        if _flag(name) in given and getattr(start, rival, None) is not None:
             # The 1 is a stand-in that the flag itself replaces.
             start = dataclasses.replace(start, **{name: 1, rival: None})  # pyright: ignore[reportArgumentType, reportCallIssue]  # a bare TypeVar is no dataclass
             break
@@ -210,7 +237,7 @@ def _read_flags(
                 args=list(words),
                 default=tyro.MISSING_NONPROP if start is None else start,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-                registry=_registry(config_class, with_file=start is not None),
+                registry=_registry(config_class),
             )
     except SystemExit as error:
         if not error.code:
@@ -219,7 +246,7 @@ def _read_flags(
 
 
 def _check_names(config_class: type, given: set[str], start: object | None) -> None:
-    known = {"--config"} if start is not None else set()
+    known = {"--config"} if config_class in SAVED_AS else set()
     for field in _leaves(config_class):
         known |= {_flag(field.name), ALIASES.get(field.name, _flag(field.name))}
         if field.type is bool:
@@ -253,7 +280,7 @@ def _unboxed(box: str) -> str:
     return " ".join(" ".join(lines[:end]).split())
 
 
-def _registry(config_class: type, *, with_file: bool) -> ConstructorRegistry:
+def _registry(config_class: type) -> ConstructorRegistry:
     """Tell tyro what the config classes, standard library only, cannot say themselves."""
     registry = ConstructorRegistry()
     registry.primitive_rule(recipe_rule)
@@ -268,9 +295,10 @@ def _registry(config_class: type, *, with_file: bool) -> ConstructorRegistry:
         inside.remove(info.type)
         assert isinstance(spec, StructConstructorSpec)
         fields = tuple(_described(field) for field in spec.fields)
-        if info.type is not config_class or not with_file:
+        if info.type is not config_class or config_class not in SAVED_AS:
             return dataclasses.replace(spec, fields=fields)
-        file = StructFieldSpec("config", Path | None, None, helptext=CONFIG_HELP)  # pyright: ignore[reportArgumentType]  # tyro takes unions
+        helptext = _config_help(config_class)
+        file = StructFieldSpec("config", Path | None, None, helptext=helptext)  # pyright: ignore[reportArgumentType]  # tyro takes unions
         return StructConstructorSpec(
             lambda config, **values: spec.instantiate(**values), (fields[0], file, *fields[1:])
         )
@@ -281,9 +309,26 @@ def _registry(config_class: type, *, with_file: bool) -> ConstructorRegistry:
 def _described(field: StructFieldSpec) -> StructFieldSpec:
     if field.type is Recipe:
         return dataclasses.replace(field, helptext=recipe_help())
+    if field.name in ALONE:
+        return dataclasses.replace(field, type=Annotated[field.type, _may_stand_alone(field.name)])
     if field.name in ALIASES:
         alias = tyro.conf.arg(aliases=[ALIASES[field.name]])
         return dataclasses.replace(field, type=Annotated[field.type, alias])
     if field.default == UNSET:
         return dataclasses.replace(field, default=tyro.MISSING_NONPROP)
     return field
+
+
+def _may_stand_alone(name: str) -> PrimitiveConstructorSpec[str]:
+    def read(words: list[str]) -> str:
+        if len(words) > 1:
+            raise InputError(f"{_flag(name)} takes one value or none, got {' '.join(words)}.")
+        return words[0] if words else ALONE[name]
+
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[PATH]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )

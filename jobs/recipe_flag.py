@@ -6,6 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin
 
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -19,7 +20,7 @@ def recipe_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Recipe] | N
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="NAME[,FIELD=BOOL...]",
+        metavar="NAME[,FIELD=VALUE...]",
         instance_from_str=lambda words: parse_recipe(words[0]),
         is_instance=lambda value: isinstance(value, Recipe),
         str_from_instance=lambda recipe: [format_recipe(recipe)],
@@ -30,31 +31,46 @@ def parse_recipe(text: str) -> Recipe:
     """Read `paper-2021,keep_sep=true`: a recipe's name, then the fields that differ from it.
 
     Raises:
-        InputError: no recipe or field has that name, or a value is neither true nor false.
+        InputError: no recipe or field has that name, or a value is none of the field's.
     """
     name, *changes = text.split(",")
     if name not in RECIPES:
         names = ", ".join(RECIPES)
         raise InputError(f"--recipe: {name!r} is none.{nearest(name, RECIPES)} There are: {names}.")
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    values: dict[str, bool] = {}
+    fields = {field.name: _choices(field) for field in dataclasses.fields(Recipe)}
+    values: dict[str, Any] = {}
     for change in changes:
         field, _, value = change.partition("=")
         field = field.strip().replace("-", "_")
         if field not in fields:
             raise InputError(f"--recipe: {field!r} is no field of it.{nearest(field, fields)}")
-        if value.strip().lower() not in ("true", "false"):
-            raise InputError(f"--recipe: {field} is `true` or `false`, got {value!r}.")
-        values[field] = value.strip().lower() == "true"
+        word, choices = value.strip().lower(), fields[field]
+        if word not in choices:
+            allowed = " or ".join(f"`{choice}`" for choice in choices)
+            raise InputError(f"--recipe: {field} is {allowed}, got {value!r}.")
+        values[field] = choices[word]
     return dataclasses.replace(RECIPES[name](), **values)
 
 
 def recipe_help() -> str:
     """Say what each field of a recipe mends, in the words under the fields themselves."""
     names = " or ".join(f"`{name}`" for name in RECIPES)
-    fields = [f"- {name}: {sentence}" for name, sentence in field_docs(Recipe).items()]
+    docs = field_docs(Recipe)
+    fields = []
+    for field in dataclasses.fields(Recipe):
+        choices = "" if field.type is bool else "=" + "|".join(_choices(field))
+        fields.append(f"- {field.name}{choices}: {docs[field.name]}")
     head = f"Which flaws of the published code are mended: {names}, then fields that differ, as in"
-    return "\n".join([f"{head} `paper-2021,keep_sep=true`. Fields, true where mended:", *fields])
+    tail = "Fields, true or false where nothing else is said, true where mended:"
+    return "\n".join([f"{head} `paper-2021,keep_sep=true`. {tail}", *fields])
+
+
+def _choices(field: dataclasses.Field) -> dict[str, Any]:
+    """Return what a field of the recipe may be, by the word for it."""
+    if get_origin(field.type) is Literal:
+        return {choice: choice for choice in get_args(field.type)}
+    assert field.type is bool, f"{field.name}: a recipe's field is a bool or a Literal"
+    return {"true": True, "false": False}
 
 
 def field_docs(config_class: type) -> dict[str, str]:

@@ -2,6 +2,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_line import parse, parse_preset, parse_task
@@ -9,7 +10,7 @@ from recipe_flag import field_docs, parse_recipe
 
 from albef_core.config import Recipe, corrected, format_recipe, paper_2021
 from albef_core.errors import InputError
-from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig
+from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig, QuickstartConfig
 from pipelines.config_file import write_config
 from pipelines.presets import PRETRAIN, base, tiny
 
@@ -97,10 +98,52 @@ def test_a_run_from_a_file_does_not_take_over_the_older_run_s_name(tmp_path: Pat
     assert pretrain(f"--config {tmp_path / 'config.json'}").name.startswith("config-2")
 
 
+@pytest.mark.parametrize(
+    ("flags", "value"), [("--resume", "newest"), ("--resume runs/a", "runs/a"), ("", "")]
+)
+def test_resume_stands_alone_or_names_a_checkpoint(flags: str, value: str) -> None:
+    assert pretrain(f"tiny --corpus c {flags} --force").resume == value
+    assert pretrain(f"tiny --corpus c --force {flags}").force
+
+
 def test_a_job_without_presets_reads_its_class() -> None:
     config = parse(IngestConfig, args=["--source", "shapes", "--out", "c", "--num-images", "9"])
 
     assert config == IngestConfig(source="shapes", out=Path("c"), num_images=9)
+
+
+def test_a_job_without_presets_starts_from_a_file_and_flags_change_it(tmp_path: Path) -> None:
+    saved = IngestConfig(source="shapes", out=Path("old"), num_images=9, seed=4)
+    write_config(saved, tmp_path / "config.json")
+
+    config = parse(IngestConfig, args=["--config", str(tmp_path / "config.json"), "--out", "new"])
+
+    assert config == dataclasses.replace(saved, out=Path("new"))
+
+
+def test_steps_change_the_file_of_a_job_that_knows_no_epochs(tmp_path: Path) -> None:
+    write_config(QuickstartConfig(steps=9, seed=3), tmp_path / "config.json")
+
+    config = parse(QuickstartConfig, args=[f"--config={tmp_path / 'config.json'}", "--steps", "5"])
+
+    assert config == QuickstartConfig(steps=5, seed=3)
+
+
+def test_a_task_starts_from_a_file_and_flags_change_it(tmp_path: Path) -> None:
+    saved = EvaluateConfig(model="m", corpus=Path("c"), top_k=16)
+    write_config(saved, tmp_path / "evaluate.json")
+    args = ["retrieval", "--config", str(tmp_path / "evaluate.json"), "--corpus", "d"]
+
+    _name, config = parse_task(TASKS, args=args)
+
+    assert config == dataclasses.replace(saved, corpus=Path("d"))
+
+
+def test_the_file_of_another_job_is_refused(tmp_path: Path) -> None:
+    write_config(tiny(), tmp_path / "config.json")
+
+    with pytest.raises(InputError, match=r"unknown key"):
+        parse_task(TASKS, args=["retrieval", "--config", str(tmp_path / "config.json")])
 
 
 def test_a_task_comes_first_and_names_its_class() -> None:
@@ -130,10 +173,12 @@ def test_a_recipe_is_one_flag_that_reads_back_what_it_writes(text: str, recipe: 
     assert pretrain(f"tiny --corpus c --recipe {text}").recipe == recipe
 
 
-def test_every_field_of_a_recipe_can_be_changed_alone() -> None:
-    for field in dataclasses.fields(Recipe):
-        changed = dataclasses.replace(corrected(), **{field.name: False})
-        assert format_recipe(changed) == f"corrected,{field.name}=false"
+@pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
+def test_every_field_of_a_recipe_can_be_changed_alone(field: dataclasses.Field) -> None:
+    choices = [True, False] if field.type is bool else get_args(field.type)
+    for value in choices:
+        changed = dataclasses.replace(corrected(), **{field.name: value})
+        assert parse_recipe(f"corrected,{field.name}={str(value).lower()}") == changed
         assert parse_recipe(format_recipe(changed)) == changed
 
 
@@ -153,7 +198,7 @@ def test_every_field_of_a_recipe_can_be_changed_alone() -> None:
         ("tiny --corpus c --batch-size -4", "--batch-size is a count of at least 1, got -4."),
         ("tiny --corpus c --batch-size 0", "--batch-size is a count of at least 1, got 0."),
         ("tiny --corpus c --workers 0", "--workers is a count of at least 1, got 0."),
-        ("tiny --corpus c --workers 3", "--batch-size 64 cannot be dealt evenly to --workers 3."),
+        ("tiny --corpus c --resume a b", "--resume takes one value or none, got a b."),
         ("tiny --corpus c --steps 0", "--steps is a count of at least 1, got 0."),
         ("tiny --corpus c --epochs -1", "--epochs is a count of at least 1, got -1."),
         ("tiny --corpus c --steps 3 --epochs 3", "--steps 3 and --epochs 3 contradict each other."),
@@ -201,7 +246,7 @@ def test_an_impossible_command_is_one_line(command: str, sentence: str) -> None:
             ["--source", "shapes", "--out", "c", "--wrong-captions", "1.5"],
             "between 0 and 1, got 1.5",
         ),
-        (["--source", "shapes", "--out", "c", "--config", "f"], "--config is not a flag"),
+        (["--out", "c", "--config", "no/such.json"], "no/such.json: No such file"),
     ],
 )
 def test_impossible_flags_of_ingest_are_one_line(args: list[str], sentence: str) -> None:
@@ -284,7 +329,8 @@ def test_help_says_what_every_flag_does(capsys: pytest.CaptureFixture[str]) -> N
     assert [flag for flag in [*flags, "--config", "--learning-rate"] if flag not in text] == []
     assert "as in `paper-2021,keep_sep=true`" in text
     assert "(default: corrected)" in text
-    assert [f for f, sentence in field_docs(Recipe).items() if f"{f}: {sentence}" not in text] == []
+    assert [f for f, sentence in field_docs(Recipe).items() if f": {sentence}" not in text] == []
+    assert "--resume [PATH]" in text
     assert "Peak learning rate. The paper: 1e-4 for batch 512. (default: 0.001)" in text
 
 
@@ -304,6 +350,12 @@ def test_a_mistake_of_the_user_ends_a_job_with_2(failure: str, line: str, tmp_pa
     assert (process.returncode, process.stderr) == (2, line)
 
 
+def test_a_training_that_was_asked_to_stop_ends_a_job_with_75(tmp_path: Path) -> None:
+    process = run(job_that_raises("Preempted('stopped at step 7')", tmp_path))
+
+    assert (process.returncode, process.stderr) == (75, "job: stopped at step 7\n")
+
+
 @pytest.mark.parametrize("failure", ["ValueError('ours')", "FileNotFoundError('unnamed')"])
 def test_a_failure_of_ours_ends_a_job_with_1_and_its_traceback(
     failure: str, tmp_path: Path
@@ -318,7 +370,7 @@ def job_that_raises(failure: str, folder: Path) -> Path:
     job = folder / "job.py"
     job.write_text(
         f"import sys; sys.path.insert(0, {str(JOBS)!r})\n"
-        "from command_line import run_job\nfrom albef_core.errors import InputError\n"
+        "from command_line import run_job\nfrom albef_core.errors import InputError, Preempted\n"
         f"def main(): raise {failure}\nrun_job(main)\n"
     )
     return job
