@@ -20,6 +20,7 @@ from pipelines import tracking
 from pipelines.config import EvaluateConfig
 from pipelines.judge import Judge, Scores
 from pipelines.manifest import Manifest, read_columns, read_manifest
+from pipelines.model_store import download_model, is_model_uri
 from pipelines.pictures import decoded_blocks
 from pipelines.report import recall_figure
 
@@ -190,8 +191,8 @@ def _examine(
 
 
 def _model_folder(source: str) -> Path:
-    if tracking.is_model_uri(source):
-        return tracking.download_model(source)
+    if is_model_uri(source):
+        return download_model(source)
     path = Path(source)
     if not path.exists():
         raise InputError(

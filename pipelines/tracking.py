@@ -1,9 +1,8 @@
-"""Everything this project asks of MLflow: one run per training, its metrics, its models."""
+"""The one MLflow run of a training: its parameters, metrics and artifacts."""
 
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -13,8 +12,6 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +21,11 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
-import pandas as pd
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelOutput, Metric, Param
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import save_model as save_pyfunc
-from mlflow.types import ColSpec, DataType, Schema
-from PIL import Image
 
-import albef_core
 from albef_core.errors import InputError
 from pipelines.outbox import Outbox
 
@@ -50,22 +40,6 @@ POINTS_PER_SENDING = 200
 SECONDS_PER_SENDING = 5.0
 HEALTH_TIMEOUT_S = 10.0
 HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "text")]),
-    outputs=Schema([ColSpec(DataType.double, "similarity"), ColSpec(DataType.double, "match")]),
-)
-REQUIREMENTS = (
-    "jaxtyping",
-    "numpy",
-    "opencv-python-headless",
-    "pandas",
-    "pillow",
-    "safetensors",
-    "timm",
-    "tokenizers",
-    "torch",
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +67,7 @@ class RunHandle:
         database = sqlite_file(handle.uri)
         if database is not None and not database.is_file():
             return None  # opening it would create an empty one
-        _check_server(handle.uri)
+        check_server(handle.uri)
         try:
             run = MlflowClient(handle.uri).get_run(handle.run_id)
         except MlflowException as error:
@@ -102,16 +76,6 @@ class RunHandle:
             logger.warning("%s: names run %s, which is gone (%s)", path, handle.run_id, error)
             return None
         return handle if run.info.lifecycle_stage == "active" else None
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model as MLflow knows it."""
-
-    uri: str
-    """`models:/name/version`, or `models:/m-...` when it was not registered."""
-    version: str
-    """Version in the registry; empty when it was not registered."""
 
 
 def tracking_uri() -> str:
@@ -149,7 +113,7 @@ def open_run(
     """
     handle = None if run_dir is None else RunHandle.of(run_dir)
     uri = handle.uri if handle else tracking_uri()
-    _check_server(uri)
+    check_server(uri)
     client = MlflowClient(uri)
     if handle is None:
         run = client.create_run(_experiment_id(client, uri, experiment), run_name=run_name)
@@ -267,101 +231,6 @@ class Tracker:
         self._outbox.put(upload)
 
 
-def log_model(
-    handle: RunHandle,
-    model_folder: Path,
-    *,
-    name: str = "model",
-    register: str = "",
-    tags: Mapping[str, str] | None = None,
-) -> StoredModel:
-    """Store a model folder with its run, as `mlflow.pyfunc` loads it.
-
-    With `register` it becomes the next version under that name in the model registry. The code that
-    answers queries travels as source (models from code), the weights as safetensors: nothing is
-    pickled.
-    """
-    tags = {key: str(value) for key, value in (tags or {}).items()}
-    handle.save(model_folder)
-    client = MlflowClient(handle.uri, registry_uri=handle.uri)
-    run = client.get_run(handle.run_id)
-    entry = client.create_logged_model(
-        run.info.experiment_id,
-        name=name,
-        source_run_id=handle.run_id,
-        tags=tags,
-        model_type="ALBEF",
-    )
-    client.log_outputs(handle.run_id, [LoggedModelOutput(entry.model_id, step=0)])
-    description = Model(
-        artifact_path=entry.artifact_location,
-        model_uuid=entry.model_id,
-        run_id=handle.run_id,
-        model_id=entry.model_id,
-    )
-    with tempfile.TemporaryDirectory(prefix="albef-model-") as scratch:
-        folder = Path(scratch) / "model"
-        save_pyfunc(
-            folder,
-            mlflow_model=description,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"model": str(model_folder.absolute())},
-            code_paths=[str(Path(albef_core.__file__).parent)],
-            signature=SIGNATURE,
-            input_example=_input_example(),
-            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
-        )
-        client.log_model_artifacts(entry.model_id, str(folder))
-    client.finalize_logged_model(entry.model_id, "READY")
-    if not register:
-        return StoredModel(f"models:/{entry.model_id}", "")
-    try:
-        client.create_registered_model(register)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    made = client.create_model_version(
-        register, f"models:/{entry.model_id}", handle.run_id, tags=tags, model_id=entry.model_id
-    )
-    return StoredModel(f"models:/{register}/{made.version}", str(made.version))
-
-
-def _input_example() -> pd.DataFrame:
-    picture = BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
-    return pd.DataFrame({"image": [picture.getvalue()], "text": ["a red square"]})
-
-
-def is_model_uri(source: str) -> bool:
-    """Tell an MLflow URI (`models:/name/1`, `models:/name@alias`, `runs:/id/model`) from a path."""
-    return re.match(r"(models|runs):/", source) is not None
-
-
-def download_model(uri: str) -> Path:
-    """Fetch a model that `log_model` stored; return its model folder.
-
-    Raises:
-        InputError: the store has no such model, or another program logged it.
-    """
-    store = tracking_uri()
-    _check_server(store)
-    try:
-        folder = Path(download_artifacts(uri, tracking_uri=store, registry_uri=store))
-        flavor = Model.load(folder).flavors.get("python_function", {})
-    except MlflowException as error:
-        raise InputError(
-            f"{uri}: not to be had from the MLflow store {store} ({error.message})."
-            " Check name and version, or set MLFLOW_TRACKING_URI to the store that has it."
-        ) from None
-    artifact = flavor.get("artifacts", {}).get("model")
-    if artifact is None:
-        raise InputError(
-            f"{uri}: not a model of this project (it has no artifact `model`)."
-            " Pass one that jobs/pretrain.py registered."
-        )
-    return folder / artifact["path"]
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     """Name every field of nested dataclasses by its dotted path; the values become text."""
     named: dict[str, str] = {}
@@ -414,7 +283,7 @@ def _log_params(client: MlflowClient, run_id: str, params: dict[str, str]) -> No
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_CALL])
 
 
-def _check_server(uri: str) -> None:
+def check_server(uri: str) -> None:
     """Ask a server for its health once, because MLflow's client would retry for minutes."""
     if not uri.startswith("http"):
         return

@@ -29,9 +29,10 @@ from pipelines.cluster import connect
 from pipelines.config import PretrainConfig
 from pipelines.config_file import read_config, write_config
 from pipelines.manifest import Manifest, read_captions, read_manifest
+from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.progress import ProgressBoard, run_with_progress
-from pipelines.tracking import RunHandle, StoredModel, Tracker, flatten, log_model, open_run
+from pipelines.tracking import RunHandle, Tracker, flatten, open_run
 from pipelines.train_loop import TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
