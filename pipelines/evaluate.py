@@ -2,9 +2,10 @@
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from albef_core.errors import InputError
 from albef_core.metrics import Estimate, retrieval_metrics
 from pipelines import tracking
 from pipelines.config import EvaluateConfig
+from pipelines.config_file import write_config
 from pipelines.judge import Judge, Scores
 from pipelines.manifest import Manifest, read_columns, read_manifest
 from pipelines.model_store import download_model, is_model_uri
@@ -112,7 +114,7 @@ def evaluate_retrieval(
         tracking_uri=run.uri,
         run_id=run.run_id,
     )
-    _log(result, run, is_new=is_new)
+    _log(result, config, run, is_new=is_new)
     if config.json is not None:
         result.write(config.json)
     return result
@@ -226,6 +228,7 @@ def _show(
     """Let the model see every picture that decodes and has text; tell which rows decode."""
     has_text = np.array([bool(row.texts) for row in rows])
     is_decoded = np.zeros(len(rows), dtype=bool)
+    _get(judge.expect.remote(int(has_text.sum())))
     num_seen, encoding = 0, None
     for block in decoded_blocks(manifest, image_size=image_size):
         places = slice(num_seen, num_seen + len(block["image_id"]))
@@ -277,7 +280,15 @@ def _open_run(
     return tracking.open_run(config.experiment, None, run_name=name, params=config, tags=tags), True
 
 
-def _log(result: RetrievalResult, run: tracking.RunHandle, *, is_new: bool) -> None:
+def _with_absolute_names(config: EvaluateConfig) -> EvaluateConfig:
+    is_uri = is_model_uri(config.model)
+    model = config.model if is_uri else str(Path(config.model).absolute())
+    return replace(config, model=model, corpus=config.corpus.absolute())
+
+
+def _log(
+    result: RetrievalResult, config: EvaluateConfig, run: tracking.RunHandle, *, is_new: bool
+) -> None:
     """Log the re-ranked metrics as `eval/<corpus>/...`, those by ITC as `eval/<corpus>/itc/...`."""
     folder = f"eval/{result.corpus_name}"
     points: dict[str, float] = {}
@@ -291,6 +302,10 @@ def _log(result: RetrievalResult, run: tracking.RunHandle, *, is_new: bool) -> N
     tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
     tracker.log_dict(asdict(result), f"{folder}/retrieval.json")
+    with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
+        # Not config.json: in a training's run that is the training's.
+        write_config(_with_absolute_names(config), Path(scratch) / "evaluate.json")
+        tracker.log_artifact(Path(scratch) / "evaluate.json", f"{folder}/evaluate.json")
     tracker.log_figure(recall_figure(result.metrics), f"{folder}/recall.png")
     if is_new:
         tracker.finish()

@@ -22,6 +22,7 @@ from albef_core.errors import InputError
 from albef_core.preprocess import UndecodableImage, decode_image
 from pipelines.cluster import connect
 from pipelines.config import IngestConfig
+from pipelines.config_file import write_config
 from pipelines.ingest_report import IngestReport, write_report
 from pipelines.manifest import (
     MANIFEST_NAME,
@@ -119,6 +120,7 @@ def ingest(
         write_report(report, None)
         raise InputError(f"{config.source}: not one usable picture. {_where(config, bad)}")
     write_report(report, manifest)
+    write_config(config, config.out / "config.json")
     write_manifest(manifest)
     return report
 

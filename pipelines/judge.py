@@ -30,8 +30,7 @@ class Judge:
     def __init__(self, device: str, batch_size: int) -> None:
         self._device = torch.device(device)
         self._batch_size = batch_size
-        self._image_tokens: list[torch.Tensor] = []
-        self._image_features: list[torch.Tensor] = []
+        self._num_seen = self._num_expected = 0
         self._pairs_done = self._pairs_wanted = 0
         if device == "cpu":
             # Ray gives an actor the threads of the CPUs it holds, and this one works alone by then.
@@ -43,13 +42,23 @@ class Judge:
         self._model = self._loaded.model.eval()
         return self._loaded.model_config, self._loaded.text_config
 
+    def expect(self, num_pictures: int) -> None:
+        """Make room for so many pictures; fewer may come."""
+        self._num_expected = num_pictures
+
     @torch.inference_mode()
     def show(self, pictures: NDArray[np.uint8]) -> None:
         """Encode pictures (N, S, S, 3) behind those already seen."""
         for batch in torch.from_numpy(pictures.copy()).split(self._batch_size):
-            tokens, features = self._model.encode_image(normalize(batch.to(self._device)))
-            self._image_tokens.append(tokens)
-            self._image_features.append(features)
+            parts = self._model.encode_image(normalize(batch.to(self._device)))
+            if not self._num_seen:
+                # All at once: lists joined at the end would take the memory twice.
+                self._tokens, self._features = (
+                    part.new_empty((self._num_expected, *part.shape[1:])) for part in parts
+                )
+            rows = slice(self._num_seen, self._num_seen + len(batch))
+            self._tokens[rows], self._features[rows] = parts
+            self._num_seen = rows.stop
 
     def read(self, texts: list[str]) -> None:
         """Encode all texts, already cleaned."""
@@ -64,10 +73,8 @@ class Judge:
 
     def score(self, top_k: int) -> dict[str, Scores]:
         """Score all pairs by ITC alone, and the best `top_k` of every query by ITM."""
-        images = EncodedImages(
-            tokens=torch.cat(self._image_tokens), features=torch.cat(self._image_features)
-        )
-        self._image_tokens, self._image_features = [], []
+        seen = slice(self._num_seen)
+        images = EncodedImages(tokens=self._tokens[seen], features=self._features[seen])
         similarity = itc_similarity(images, self._texts).cpu().numpy()
         judged = rerank(
             self._model,

@@ -20,6 +20,7 @@ from albef_core.tasks.retrieval import EncodedImages, encode_texts, itc_similari
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, save_model
 from pipelines.config import EvaluateConfig
+from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval
 from pipelines.manifest import read_columns, read_manifest
 from pipelines.report import summary_table
@@ -154,7 +155,14 @@ def test_a_model_without_a_run_is_logged_in_one_of_its_own(result):
     assert run.data.params["top_k"] == str(TOP_K)
     assert run.info.status == "FINISHED"
     folder = Path(run.info.artifact_uri.removeprefix("file://")) / "eval" / "held_out"
-    assert sorted(path.name for path in folder.iterdir()) == ["recall.png", "retrieval.json"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["evaluate.json", "recall.png", "retrieval.json"]
+
+
+def test_the_logged_config_starts_the_same_evaluation_from_any_folder(result, config):
+    run = MlflowClient(result.tracking_uri).get_run(result.run_id)
+    folder = Path(run.info.artifact_uri.removeprefix("file://")) / "eval" / "held_out"
+    assert read_config(folder / "evaluate.json", EvaluateConfig) == config
 
 
 def test_the_table_shows_each_metric_with_interval_and_chance(result):
