@@ -2,16 +2,20 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +137,21 @@ class Tracker:
     """Writes into a run from any one process, and never holds it up.
 
     Metrics are collected and sent in batches by a thread. While the store is down they wait and are
-    sent when it is back; training goes on. With `skip_logged`, points up to the last step that a
-    metric already has are left out: a training resumed from a checkpoint repeats steps, and MLflow
-    would keep both points.
+    sent when it is back; training goes on.
+
+    A training that was killed and goes on from a checkpoint has every step once in each curve: what
+    the store had not taken when the checkpoint was made is in it (`unsent`) and is logged again,
+    the steps after it are repeated, and with `skip_logged` those that the store has already are
+    left out.
     """
 
     def __init__(self, handle: RunHandle, *, skip_logged: bool = True) -> None:
         self.handle = handle
         self._skip_logged = skip_logged
-        self._last_steps: dict[str, int] = {}
-        self._points: list[Metric] = []
-        self._sent_at = time.monotonic()
+        self._logged_steps: dict[str, set[int]] = {}
+        self._unsent: deque[Metric] = deque()
+        self._lock = threading.Lock()
+        self._num_new, self._sent_at = 0, time.monotonic()
         self._spool = tempfile.TemporaryDirectory(prefix="albef-tracking-")
         self._outbox = Outbox(f"MLflow at {handle.uri}", is_hopeless=_is_hopeless)
 
@@ -152,12 +160,31 @@ class Tracker:
         return MlflowClient(self.handle.uri)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each named curve."""
+        """Add one point to each named curve; NaN and infinities are points too."""
         now = int(time.time() * 1000)
-        self._points += [Metric(key, float(v), now, step) for key, v in values.items()]
-        is_due = time.monotonic() - self._sent_at > SECONDS_PER_SENDING
-        if is_due or len(self._points) >= POINTS_PER_SENDING:
-            self._hand_over()
+        self._add([Metric(key, float(v), now, step) for key, v in values.items()])
+
+    def unsent(self) -> list[dict[str, Any]]:
+        """Give the points that the store has not acknowledged, for a checkpoint.
+
+        Whatever was logged before is in the store or in this list, or in both. JSON has no NaN and
+        no infinity: such a value is its name.
+        """
+        with self._lock:
+            points = list(self._unsent)
+        return [
+            {
+                "key": point.key,
+                "value": point.value if math.isfinite(point.value) else str(point.value),
+                "timestamp": point.timestamp,
+                "step": point.step,
+            }
+            for point in points
+        ]
+
+    def log_again(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Add what `unsent` gave to a checkpoint, before the steps after it are logged."""
+        self._add([Metric(p["key"], float(p["value"]), p["timestamp"], p["step"]) for p in points])
 
     def log_figure(self, figure: Figure, path: str) -> None:
         """Store a figure as the artifact `path` (`.png`, `.pdf` or `.svg`)."""
@@ -193,27 +220,48 @@ class Tracker:
             logger.warning("%s did not take the last %d messages", self.handle.uri, num_lost)
         self._spool.cleanup()
 
+    def _add(self, points: list[Metric]) -> None:
+        with self._lock:
+            self._unsent.extend(points)
+        self._num_new += len(points)
+        is_due = time.monotonic() - self._sent_at > SECONDS_PER_SENDING
+        if is_due or self._num_new >= POINTS_PER_SENDING:
+            self._hand_over()
+
     def _hand_over(self) -> None:
-        points, self._points, self._sent_at = self._points, [], time.monotonic()
-        for start in range(0, len(points), MAX_METRICS_PER_CALL):
-            batch = points[start : start + MAX_METRICS_PER_CALL]
-            self._outbox.put(lambda batch=batch: self._send(batch))
+        self._num_new, self._sent_at = 0, time.monotonic()
+        self._outbox.put(self._send)
 
-    def _send(self, points: list[Metric]) -> None:
-        new = [point for point in points if point.step > self._last_step(point.key)]
-        if new:
-            self._client.log_batch(self.handle.run_id, metrics=new)
+    def _send(self) -> None:
+        """Send all that waits; a point is let go of only when the store has it or refuses it."""
+        while points := self._oldest():
+            try:
+                new = [p for p in points if p.step not in self._steps_in_store(p.key)]
+                if new:
+                    self._client.log_batch(self.handle.run_id, metrics=new)
+            except Exception as error:
+                if not _is_hopeless(error):
+                    raise
+                logger.warning("%s refuses %d points: %s", self.handle.uri, len(points), error)
+            with self._lock:
+                for _ in points:
+                    self._unsent.popleft()
 
-    def _last_step(self, key: str) -> int:
-        # As the store had it when this process first wrote the metric, not as it is by now.
-        if key not in self._last_steps:
+    def _oldest(self) -> list[Metric]:
+        with self._lock:
+            return list(islice(self._unsent, MAX_METRICS_PER_CALL))
+
+    def _steps_in_store(self, key: str) -> set[int]:
+        # As the store had it when this process first wrote the metric, not as it is by now. Not
+        # only the last step: whoever wrote before may have left holes.
+        if key not in self._logged_steps:
             history = (
                 self._client.get_metric_history(self.handle.run_id, key)
                 if self._skip_logged
                 else []
             )
-            self._last_steps[key] = max((point.step for point in history), default=-1)
-        return self._last_steps[key]
+            self._logged_steps[key] = {point.step for point in history}
+        return self._logged_steps[key]
 
     def _new_file(self, path: str) -> Path:
         # In a folder of its own: two uploads of one name may wait at the same time.

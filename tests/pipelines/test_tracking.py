@@ -1,7 +1,10 @@
 import json
+import math
+import random
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -135,6 +138,114 @@ def test_a_replayed_step_is_not_logged_twice(client, run):
     assert steps(client, run, "new") == list(range(4, 9))
 
 
+def test_a_hole_that_an_earlier_process_left_is_filled(client, run):
+    before = Tracker(run)
+    for step in (0, 1, 2, 7, 8):
+        before.log({"loss": 1.0}, step)
+    before.close()
+    resumed = Tracker(run)
+    for step in range(10):
+        resumed.log({"loss": 1.0}, step)
+    resumed.close()
+    assert sorted(steps(client, run, "loss")) == list(range(10))
+
+
+def test_what_was_not_sent_travels_in_a_checkpoint_and_is_logged_again(client, run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    killed = Tracker(RunHandle("http://127.0.0.1:9", run.run_id))  # the store is down
+    killed.log({"loss": 0.5, "lr": math.nan}, 0)
+    killed.log({"loss": -math.inf}, 1)
+    assert not killed.flush()
+    checkpoint = json.dumps(killed.unsent(), allow_nan=False)
+    killed.close(timeout_s=0)
+    resumed = Tracker(run)
+    resumed.log_again(json.loads(checkpoint))
+    resumed.log({"loss": 0.25}, 2)
+    assert [point["step"] for point in resumed.unsent()] == [0, 0, 1, 2]
+    resumed.close()
+    assert resumed.unsent() == []
+    assert steps(client, run, "loss") == [0, 1, 2]
+    assert steps(client, run, "lr") == [0]
+    sent_at = [point["timestamp"] for point in json.loads(checkpoint)]
+    history = client.get_metric_history(run.run_id, "loss")
+    assert [point.timestamp for point in history[:2]] == [sent_at[0], sent_at[2]]
+
+
+def test_what_arrived_after_the_checkpoint_is_not_logged_twice(client, run):
+    killed = Tracker(run)
+    for step in range(5):
+        killed.log({"loss": 1.0}, step)
+    unsent = killed.unsent()
+    killed.close()
+    assert len(unsent) == 5
+    resumed = Tracker(run)
+    resumed.log_again(unsent)
+    resumed.log({"loss": 1.0}, 5)
+    resumed.close()
+    assert steps(client, run, "loss") == list(range(6))
+
+
+def test_nan_and_infinity_arrive_beside_ordinary_values(client, run):
+    tracker = Tracker(run)
+    for step, value in enumerate([1.0, math.nan, math.inf, -math.inf, 2.0]):
+        tracker.log({"loss": value, "lr": 0.1}, step)
+    tracker.finish()
+    first, nan, high, low, last = (p.value for p in client.get_metric_history(run.run_id, "loss"))
+    assert (first, last) == (1.0, 2.0)
+    assert math.isnan(nan)
+    largest = sys.float_info.max  # SQL has no infinity: MLflow takes the largest number
+    assert (high, low) == (largest, -largest)
+    assert steps(client, run, "lr") == list(range(5))
+
+
+TRAINING = """
+import json, os, sys, time
+from pathlib import Path
+from pipelines import tracking
+
+tracking.POINTS_PER_SENDING, tracking.MAX_METRICS_PER_CALL = 20, 15
+file, last = Path(sys.argv[1]), int(sys.argv[2])
+handle = tracking.RunHandle.of(file.parent)
+tracker = tracking.Tracker(handle)
+step = 0
+if file.exists():
+    checkpoint = json.loads(file.read_text())
+    step = checkpoint["step"]
+    tracker.log_again(checkpoint["unsent"])
+print("ready", flush=True)
+while step < last:
+    step += 1
+    tracker.log({"loss": 1 / step, "lr": 0.1}, step)
+    if step % 7 == 0:
+        partial = file.with_suffix(".tmp")
+        partial.write_text(json.dumps({"step": step, "unsent": tracker.unsent()}))
+        partial.replace(file)
+    time.sleep(0.002)
+tracker.close()
+"""
+
+
+@pytest.mark.slow  # starts processes that import MLflow
+def test_a_run_killed_at_any_moment_and_resumed_has_each_step_once(client, run, tmp_path):
+    run.save(tmp_path)
+    file, rng, reached = tmp_path / "checkpoint.json", random.Random(3), []
+    for kill in [True, True, True, True, False]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", TRAINING, str(file), "3000"], stdout=subprocess.PIPE
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            if kill:
+                time.sleep(rng.uniform(0.2, 1.2))
+                process.kill()
+        reached.append(json.loads(file.read_text())["step"])
+    assert process.returncode == 0
+    assert reached == sorted(set(reached)), "every process went on from where the one before was"
+    for key in ("loss", "lr"):
+        assert sorted(steps(client, run, key)) == list(range(1, 3001))
+
+
 def test_a_metric_that_the_store_refuses_does_not_hold_up_the_others(client, run):
     tracker = Tracker(run)
     tracker.log({"what?": 1.0}, 0)
@@ -179,7 +290,7 @@ def test_a_server_that_goes_down_does_not_stop_the_run(monkeypatch, caplog):
             if is_up.is_set():
                 received.extend(body.get("metrics", []))
 
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
