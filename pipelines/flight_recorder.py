@@ -1,0 +1,95 @@
+"""Batches that were skipped because loss or gradient was not finite: which pairs they held."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class FlightRecorder:
+    """Keeps a record of every skipped batch, and tells when there are too many in a row.
+
+    A training that goes on from a checkpoint repeats steps: a step has one record at most, the
+    latest. With `folder` each record is also a file there at once, survives a kill, and is read
+    back, so that what is in a row does not depend on where a training was interrupted.
+
+    Args:
+        limit: skipped batches in a row that are borne.
+        folder: folder for the records; None: only in memory.
+    """
+
+    def __init__(self, limit: int, folder: Path | None) -> None:
+        self._limit, self._folder = limit, folder
+        self._records: dict[int, dict[str, Any]] = {}
+        self.in_a_row = 0
+        """Batches skipped one after another up to the last one noted."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob("step-*.json"):
+                record = json.loads(file.read_text())
+                self._records[record["step"]] = record
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Give the records in the order of steps."""
+        return [self._records[step] for step in sorted(self._records)]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Tell whether more than `limit` batches in a row were skipped."""
+        return self.in_a_row > self._limit
+
+    def note(
+        self,
+        step: int,
+        is_finite: bool,
+        *,
+        loss: float,
+        grad_norm: float,
+        image_ids: Sequence[str],
+        captions: Sequence[str],
+    ) -> None:
+        """Note the outcome of a step; with `is_finite` false its batch was skipped.
+
+        JSON has no NaN and no infinity: such a loss or norm is recorded as its name.
+        """
+        if is_finite:
+            self.in_a_row = 0
+            self._forget(step)
+            return
+        self._records[step] = {
+            "step": step,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
+            "image_ids": list(image_ids),
+            "captions": list(captions),
+        }
+        self.in_a_row = 1
+        while step - self.in_a_row in self._records:
+            self.in_a_row += 1
+        self._write(step)
+
+    def artifact(self) -> dict[str, Any]:
+        """Give all records as the body of the artifact `skipped_batches.json`."""
+        return {"num_skipped": len(self._records), "skipped": self.skipped}
+
+    def _forget(self, step: int) -> None:
+        if self._records.pop(step, None) is not None and self._folder is not None:
+            self._file(self._folder, step).unlink()
+
+    def _write(self, step: int) -> None:
+        if self._folder is None:
+            return
+        file = self._file(self._folder, step)
+        partial = file.with_suffix(".tmp")
+        with partial.open("w") as out:
+            json.dump(self._records[step], out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())  # or a node that dies could leave an empty file to read back
+        partial.replace(file)
+
+    @staticmethod
+    def _file(folder: Path, step: int) -> Path:
+        return folder / f"step-{step:08d}.json"
