@@ -160,6 +160,7 @@ def test_a_task_comes_first_and_names_its_class() -> None:
     [
         ("corrected", corrected()),
         ("paper-2021", paper_2021()),
+        ("corrected,negatives=local", dataclasses.replace(corrected(), negatives="local")),
         ("paper-2021,keep_sep=true", dataclasses.replace(paper_2021(), keep_sep=True)),
         (
             "corrected,quiet_teacher=false,words_only=false",
@@ -176,9 +177,12 @@ def test_a_recipe_is_one_flag_that_reads_back_what_it_writes(text: str, recipe: 
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_every_field_of_a_recipe_can_be_changed_alone(field: dataclasses.Field) -> None:
     choices = [True, False] if field.type is bool else get_args(field.type)
+    # With local negatives, which go with either value of every other field.
+    start = dataclasses.replace(corrected(), negatives="local")
     for value in choices:
-        changed = dataclasses.replace(corrected(), **{field.name: value})
-        assert parse_recipe(f"corrected,{field.name}={str(value).lower()}") == changed
+        changed = dataclasses.replace(start, **{field.name: value})
+        text = f"corrected,negatives=local,{field.name}={str(value).lower()}"
+        assert parse_recipe(text) == changed
         assert parse_recipe(format_recipe(changed)) == changed
 
 
@@ -225,6 +229,11 @@ def test_every_field_of_a_recipe_can_be_changed_alone(field: dataclasses.Field) 
         ("tiny --corpus c --recipe paper-2020", "'paper-2020' is none. Did you mean paper-2021?"),
         ("tiny --corpus c --recipe corrected,keepsep=true", "Did you mean keep_sep?"),
         ("tiny --corpus c --recipe corrected,keep_sep=1", "keep_sep is `true` or `false`, got '1'"),
+        (
+            "tiny --corpus c --recipe corrected,negatives=near",
+            "negatives is `global` or `local`, got 'near'",
+        ),
+        ("tiny --corpus c --recipe corrected,global_keys=false", "or negatives=local."),
         ("tiny --corpus c --config", "Missing value for argument '--config'"),
         ("--config no/such.json", "no/such.json: No such file or directory."),
     ],
@@ -330,6 +339,7 @@ def test_help_says_what_every_flag_does(capsys: pytest.CaptureFixture[str]) -> N
     assert "as in `paper-2021,keep_sep=true`" in text
     assert "(default: corrected)" in text
     assert [f for f, sentence in field_docs(Recipe).items() if f": {sentence}" not in text] == []
+    assert "negatives=global|local: Hard negatives" in text
     assert "--resume [PATH]" in text
     assert "Peak learning rate. The paper: 1e-4 for batch 512. (default: 0.001)" in text
 
@@ -377,7 +387,7 @@ def job_that_raises(failure: str, folder: Path) -> Path:
 
 
 def test_jobs_are_doorways() -> None:
-    helpers = {"command_line.py", "recipe_flag.py"}
+    helpers = {"bars.py", "command_line.py", "recipe_flag.py"}
     jobs = [file for file in JOBS.glob("*.py") if file.name not in helpers]
 
     assert jobs
