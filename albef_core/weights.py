@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
+from albef_core.feature_queue import Queues
 from albef_core.image_encoder import resize_position_embeddings
 from albef_core.model import ALBEF
 from albef_core.official import from_official, our_name, to_official
-from albef_core.pretraining import Queues
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 
@@ -77,8 +77,11 @@ def save_model(
 def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a folder that `save_model` wrote, or an official pre-training or retrieval checkpoint.
 
+    The model is in train mode, as every new module is: call `eval()` on it before it answers.
+
     An official file says nothing of its tokenizer: it is bert-base-uncased's, from the hub or from
-    `vocab.txt` beside the file. Raises InputError naming the file and what is wrong with it.
+    `vocab.txt` beside the file. Nor does it say how many heads there are: they are 64 wide. Raises
+    InputError naming the file and what is wrong with it.
     """
     source = Path(source)
     if source.is_dir():
@@ -145,14 +148,24 @@ def official_state(model: nn.Module, config: ModelConfig, *, prefix: str = "") -
 
 
 def save_official(
-    path: Path, student: ALBEF, teacher: Teacher, queues: Queues, config: ModelConfig
+    path: Path,
+    student: ALBEF,
+    teacher: Teacher | None,
+    queues: Queues | None,
+    config: ModelConfig,
 ) -> None:
-    """Write an `ALBEF.pth` that the official code loads: all of its keys, under `model`."""
+    """Write an `ALBEF.pth` that the official code loads: all of its keys, under `model`.
+
+    Without a teacher or queues their keys are left away. The file has no place for the ids of the
+    queues, nor for which of their slots are in use.
+    """
     state = dict(student.state_dict())
-    state |= {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
-    state["queues.image.features"] = queues.image.features
-    state["queues.text.features"] = queues.text.features
-    state["queues.pointer"] = queues.image.pointer.reshape(1)
+    if teacher is not None:
+        state |= {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    if queues is not None:
+        state["queues.image.features"] = queues.image.features
+        state["queues.text.features"] = queues.text.features
+        state["queues.pointer"] = queues.image.pointer.reshape(1)
     official = to_official(state, text_layers=config.text_layers)
     torch.save(
         {"model": {key: tensor.cpu().contiguous() for key, tensor in official.items()}}, path

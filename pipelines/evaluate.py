@@ -82,7 +82,7 @@ def evaluate_retrieval(
     """
     clock = _Clock()
     manifest = read_manifest(config.corpus)
-    folder = _model_folder(config.model)
+    folder = model_folder(config.model)
     seen = _examine(config, manifest, folder, clock, on_progress)
     image_of_text = np.repeat(np.arange(len(seen.shown)), [len(row.texts) for row in seen.shown])
     metrics = {
@@ -118,6 +118,23 @@ def evaluate_retrieval(
     if config.json is not None:
         result.write(config.json)
     return result
+
+
+def model_folder(source: str) -> Path:
+    """Find a model by its path, or fetch it by its MLflow URI.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_model_uri(source):
+        return download_model(source)
+    path = Path(source)
+    if not path.exists():
+        raise InputError(
+            f"--model {source}: no such file or folder. Give a run's model folder, an official"
+            " checkpoint, or a registry URI such as models:/albef-pretrain/1."
+        )
+    return path.absolute()  # the actor works in another folder
 
 
 @dataclass(frozen=True)
@@ -190,18 +207,6 @@ def _examine(
         ray.kill(judge)
     undecodable = (row.image_id for row, ok in zip(rows, is_decoded, strict=True) if not ok)
     return _Seen(rows=rows, shown=shown, undecodable=tuple(undecodable), scores=scores)
-
-
-def _model_folder(source: str) -> Path:
-    if is_model_uri(source):
-        return download_model(source)
-    path = Path(source)
-    if not path.exists():
-        raise InputError(
-            f"--model {source}: no such file or folder. Give a run's model folder, an official"
-            " checkpoint, or a registry URI such as models:/albef-pretrain/1."
-        )
-    return path.absolute()  # the actor works in another folder
 
 
 def _device(asked: str) -> str:

@@ -1,0 +1,39 @@
+"""Write an official checkpoint: `python jobs/export.py --model MODEL --out ALBEF.pth`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from command_line import parse, run_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model as a checkpoint that the official code reads."""
+
+    model: str
+    """A run's model folder or checkpoint (that has teacher and queues too), or a registry URI such
+    as `models:/albef-pretrain/1`."""
+    out: Path
+    """The new file, `.pth`; must not exist."""
+
+
+def main() -> None:
+    config = parse(ExportConfig)
+    # torch and mlflow come after the parse, so that --help is instant.
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from pipelines.export import export
+
+    exported = export(config.model, config.out)
+    table = Table("file", Column(str(config.out), overflow="fold"), title="Export")
+    for line in exported.inside:
+        table.add_row("inside", line)
+    for line in exported.not_inside:
+        table.add_row("not inside", line)
+    table.add_row("next", f"python jobs/pretrain.py PRESET --corpus DIR --init {config.out}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_job(main)
