@@ -8,13 +8,15 @@ from pipelines.config import QuickstartConfig
 def main() -> None:
     config = parse(QuickstartConfig)
     # Ray and torch come after the parse, so that --help is instant.
+    from bars import progress_bars
     from rich.console import Console
     from rich.table import Column, Table
 
     from pipelines.quickstart import quickstart
 
-    summary = quickstart(config)
-    wide = Column(f"{summary.times_chance:.1f} times chance", overflow="fold")
+    summary = quickstart(config, bars=progress_bars)
+    result = f"{summary.times_chance:.1f} times chance, {summary.headline.upper()}"
+    wide = Column(result, overflow="fold")
     table = Table("quickstart", wide, title="Zero-shot retrieval of unseen pictures")
     for stage, metrics in summary.metrics.items():
         found = metrics["mean_recall"]

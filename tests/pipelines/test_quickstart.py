@@ -1,0 +1,74 @@
+"""The quickstart through every stage, with few pictures and few steps."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from albef_core.errors import InputError
+from albef_core.weights import load_model
+from pipelines.config import QuickstartConfig
+from pipelines.config_file import read_config
+from pipelines.evaluate import OnProgress
+from pipelines.quickstart import quickstart
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"batch_size": 2, "workers": 3}, "--batch-size 2 .* --workers 3"),
+        ({"num_images": 50, "batch_size": 64}, "--batch-size 64 is more than the 50 images"),
+    ],
+)
+def test_impossible_flags_are_refused_before_an_earlier_quickstart_is_lost(
+    flags: dict[str, int], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "made-by-quickstart").touch()
+    (tmp_path / "summary.json").write_text("kept")
+
+    with pytest.raises(InputError, match=sentence):
+        quickstart(QuickstartConfig(out=tmp_path, **flags))
+
+    assert (tmp_path / "summary.json").read_text() == "kept"
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("kept")
+
+    with pytest.raises(InputError, match="holds files that no quickstart made"):
+        quickstart(QuickstartConfig(out=tmp_path))
+
+    assert (tmp_path / "thesis.tex").read_text() == "kept"
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_every_stage_runs_and_the_headline_is_the_one_named_beforehand(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config = QuickstartConfig(
+        out=tmp_path / "out", num_images=64, num_held_out=24, steps=3, batch_size=16
+    )
+    last: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def bars() -> Iterator[OnProgress]:
+        yield lambda stage, done, total: last.update({stage: (done, total)})
+
+    summary = quickstart(config, bars=bars)
+
+    written = json.loads((config.out / "summary.json").read_text())
+    assert set(written["metrics"]) == {"itc", "itm"}
+    headline = written["metrics"]["itm"]["mean_recall"]
+    assert (written["headline"], written["mean_recall"]) == ("itm", headline["value"])
+    assert written["chance"] == headline["chance"]
+    assert written["times_chance"] == round(headline["value"] / headline["chance"], 2)
+    assert written["corpus_id"] != written["held_out_corpus_id"]
+    assert read_config(config.out / "config.json", QuickstartConfig) == config
+    assert load_model(summary.folders["model"]).report.missing == ()
+    assert last["pictures to train on"] == (64, 64)
+    assert last["held-out pictures"] == (24, 24)
+    assert last["images"] == (24, 24)
