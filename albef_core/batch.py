@@ -25,6 +25,13 @@ class PairBatch:
     """The original id where MLM is scored, -100 elsewhere."""
     image_ids: Int[Tensor, " B"]
     """Identity of each photograph: equal numbers are the same picture."""
+    num_global: int | None = None
+    """Pairs in the global batch, of which this is one worker's share; None: this is all of it."""
+
+    @property
+    def total(self) -> int:
+        """Count the pairs of the global batch."""
+        return self.num_global or len(self)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from math import inf
+from typing import Literal
 
 from albef_core.errors import InputError
 
@@ -111,7 +112,7 @@ class TextConfig:
 class Recipe:
     """Each deviation from the published code, one field each; `paper_2021` has every one off.
 
-    The defaults are `corrected`. Every field is True where the flaw is mended.
+    The defaults are `corrected`. Every field but `negatives` is True where the flaw is mended.
     """
 
     image_id_positives: bool = True
@@ -120,6 +121,12 @@ class Recipe:
     global_keys: bool = True
     """ITC compares with the pairs of all workers, so that the loss does not depend on how many
     there are; the published code compares with the worker's own batch."""
+    negatives: Literal["global", "local"] = "global"
+    """Hard negatives come from the global batch, so that they are as hard however many workers
+    share it; the published code draws them from the worker's own pairs, `local`."""
+    global_mlm_mean: bool = True
+    """MLM is averaged over all masked words of the global batch, so that every word counts alike;
+    the published code averages the workers' averages."""
     empty_queue: bool = True
     """Queues start empty and masked, because random unit vectors are negatives that teach nothing;
     the published code starts with them."""
@@ -145,6 +152,13 @@ class Recipe:
     """Weight decay spares the temperature, position embeddings and the class token, because
     pulling them to zero means nothing; the published code decays all but 1-d tensors and biases."""
 
+    def __post_init__(self) -> None:
+        if self.negatives == "global" and not self.global_keys:
+            raise InputError(
+                "--recipe: negatives=global draws from what ITC compares, so it needs"
+                " global_keys=true. Set that, or negatives=local."
+            )
+
 
 def corrected() -> Recipe:
     """The default: every known flaw of the published code mended."""
@@ -156,6 +170,8 @@ def paper_2021() -> Recipe:
     return Recipe(
         image_id_positives=False,
         global_keys=False,
+        negatives="local",
+        global_mlm_mean=False,
         empty_queue=False,
         keep_sep=False,
         words_only=False,

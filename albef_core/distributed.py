@@ -1,28 +1,120 @@
-"""What the workers of one training tell each other; alone, every function is the identity."""
+"""What the workers of one training tell each other; alone, every function is the identity.
+
+A global batch is dealt in order: worker r of W holds `share_of(r, W, num_pairs)` of it. Shares may
+differ by one pair, so any batch size fits any number of workers.
+"""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
-def gather_rows(rows: Shaped[Tensor, " B *N"]) -> Shaped[Tensor, " K *N"]:
-    """Concatenate equally many rows of every worker, in the order of ranks; no gradient flows."""
+def share_of(rank: int, world_size: int, num_pairs: int) -> range:
+    """Give the places in the global batch that one worker holds."""
+    return range(rank * num_pairs // world_size, (rank + 1) * num_pairs // world_size)
+
+
+def own_share(num_pairs: int) -> range:
+    """Give the places that this worker holds of a global batch of `num_pairs`."""
     if not is_distributed():
-        return rows
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
+        return range(num_pairs)
+    return share_of(dist.get_rank(), dist.get_world_size(), num_pairs)
 
 
-def rows_of_others(rows: Shaped[Tensor, " B *N"]) -> Shaped[Tensor, " K *N"]:
-    """Concatenate the rows of every worker but this one, in the order of ranks; none when alone."""
-    num_rows = len(rows)
-    start = dist.get_rank() * num_rows if is_distributed() else 0
-    everywhere = gather_rows(rows)
-    return torch.cat([everywhere[:start], everywhere[start + num_rows :]])
+def world_size() -> int:
+    """Count the workers; 1 when alone."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather_rows(rows: Shaped[Tensor, " B *N"], *, num_pairs: int) -> Shaped[Tensor, " G *N"]:
+    """Put together the rows of all workers in the order of the global batch; no gradient flows."""
+    if not is_distributed():
+        return rows.detach()
+    shares = [share_of(rank, world_size(), num_pairs) for rank in range(world_size())]
+    longest = max(len(share) for share in shares)
+    # The collective wants equally many rows of everybody.
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    gathered = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: len(share)] for part, share in zip(gathered, shares, strict=True)])
+
+
+def fetch_rows(
+    rows: Float[Tensor, " B *N"], wanted: Int[Tensor, " B"], *, num_pairs: int
+) -> Float[Tensor, " B *N"]:
+    """Fetch one row of the global batch for each own row; gradients travel back to its owner.
+
+    Only what is wanted travels (one all-to-all), not the whole batch.
+
+    Args:
+        rows: this worker's rows.
+        wanted: places in the global batch.
+        num_pairs: size of the global batch.
+    """
+    if not is_distributed():
+        return rows[wanted]
+    own, others = own_share(num_pairs), range(world_size())
+    shares = [share_of(rank, world_size(), num_pairs) for rank in others]
+    asked = gather_rows(wanted, num_pairs=num_pairs)
+    is_mine = (asked >= own.start) & (asked < own.stop)
+    to_send = [
+        asked[share.start : share.stop][is_mine[share.start : share.stop]] for share in shares
+    ]
+    starts = torch.tensor([share.start for share in shares], device=wanted.device)
+    owner = torch.searchsorted(starts, wanted, right=True) - 1
+    counts = torch.bincount(owner, minlength=world_size()).tolist()
+    arrived = _Exchange.apply(
+        rows[torch.cat(to_send) - own.start], [len(part) for part in to_send], counts
+    )
+    # They come sorted by owner, and within one owner in the order in which they were asked for.
+    order = owner.argsort(stable=True)
+    return arrived[order.argsort()]
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows; the backward pass sends gradients the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sent, ctx.received = sent, received
+        return _all_to_all(rows, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _all_to_all(gradients[0], ctx.received, ctx.sent), None, None
+
+
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+    return arrived
+
+
+def global_mean(total: Float[Tensor, ""], count: Float[Tensor, ""] | float) -> Float[Tensor, ""]:
+    """Turn this worker's sum into its part of a mean over all workers.
+
+    `count` is the number of terms on all workers. The mean of the results over workers is the
+    mean of all terms, and so are the gradients that DistributedDataParallel averages.
+    """
+    return total * world_size() / count
+
+
+def sum_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
+    """Add up a tensor over all workers; no gradient flows."""
+    if not is_distributed():
+        return values.detach()
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
+    """Average a tensor over all workers; no gradient flows."""
+    return sum_over_workers(values) / world_size()
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -32,15 +124,6 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
-
-
-def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-    """Average a tensor over all workers."""
-    if not is_distributed():
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def is_distributed() -> bool:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from albef_core.config import ModelConfig, ObjectiveConfig, Recipe
+
 
 class FeatureQueue(nn.Module):
     """The latest teacher features of one modality, as in MoCo (ALBEF section 3.2).
@@ -48,6 +50,31 @@ class FeatureQueue(nn.Module):
     def fill_share(self) -> Float[Tensor, ""]:
         """Give the share of slots in use, 0 to 1."""
         return self.is_valid.float().mean()
+
+
+class Queues(nn.Module):
+    """The two rings of teacher features: of images and of texts."""
+
+    def __init__(
+        self, model: ModelConfig, objective: ObjectiveConfig, recipe: Recipe, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.image = FeatureQueue(objective.num_slots, model.feature_size)
+        self.text = FeatureQueue(objective.num_slots, model.feature_size)
+        if not recipe.empty_queue:
+            generator = torch.Generator().manual_seed(seed)
+            self.image.fill_randomly(generator)
+            self.text.fill_randomly(generator)
+
+    def push(
+        self,
+        image_features: Float[Tensor, "B D"],
+        text_features: Float[Tensor, "B D"],
+        image_ids: Int[Tensor, " B"],
+    ) -> None:
+        """Store a batch's teacher features; once a step, after the losses."""
+        self.image.push(image_features, image_ids)
+        self.text.push(text_features, image_ids)
 
 
 NO_IMAGE = -1

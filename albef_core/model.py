@@ -32,10 +32,16 @@ class Encoders(nn.Module):
         return tokens, _unit(self.image_projection(tokens[:, 0]))
 
     def encode_text(
-        self, token_ids: Int[Tensor, "B L"], attention_mask: Bool[Tensor, "B L"]
+        self,
+        token_ids: Int[Tensor, "B L"],
+        attention_mask: Bool[Tensor, "B L"],
+        keys: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B D"]]:
-        """Return every text token, and the [CLS] token as a unit vector in the joint space."""
-        tokens = self.text_encoder(token_ids, attention_mask)
+        """Return every text token, and the [CLS] token as a unit vector in the joint space.
+
+        `keys` fix each row's dropout (`albef_core.keyed`).
+        """
+        tokens = self.text_encoder(token_ids, attention_mask, keys)
         return tokens, _unit(self.text_projection(tokens[:, 0]))
 
     def fuse(
@@ -43,9 +49,10 @@ class Encoders(nn.Module):
         text_tokens: Float[Tensor, "B L W"],
         attention_mask: Bool[Tensor, "B L"],
         image_tokens: Float[Tensor, "B K I"],
+        keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Let each caption look at the image in its row."""
-        return self.multimodal_encoder(text_tokens, attention_mask, image_tokens)
+        return self.multimodal_encoder(text_tokens, attention_mask, image_tokens, keys)
 
 
 class ALBEF(Encoders):

@@ -1,13 +1,18 @@
 """BERT in two halves: the text encoder, and the multimodal encoder that also looks at the image."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.keyed import KeyedDropout
 
 NORM_EPS = 1e-12  # BERT's; nothing smaller than it survives float32, which is as published
+SITES_PER_LAYER = 5
+"""Places in a layer where numbers are dropped, each with a mask of its own."""
 
 
 class TextEncoder(nn.Module):
@@ -20,20 +25,23 @@ class TextEncoder(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_positions, width)
         self.type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
+        self.dropout = KeyedDropout(config.dropout, site=0)
+        self.layers = nn.ModuleList(TextLayer(config, number=n) for n in range(config.text_layers))
         self.apply(initialize_bert)
 
     def forward(
-        self, token_ids: Int[Tensor, "B L"], attention_mask: Bool[Tensor, "B L"]
+        self,
+        token_ids: Int[Tensor, "B L"],
+        attention_mask: Bool[Tensor, "B L"],
+        keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
-        """Encode captions; the first token is [CLS]."""
+        """Encode captions; the first token is [CLS]. `keys` fix each row's dropout."""
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         # All captions are segment 0, so BERT's segment embedding is one constant vector.
         tokens = self.word_embeddings(token_ids) + self.position_embeddings(positions)
-        tokens = self.dropout(self.norm(tokens + self.type_embeddings.weight[0]))
+        tokens = self.dropout(self.norm(tokens + self.type_embeddings.weight[0]), keys)
         for layer in self.layers:
-            tokens = layer(tokens, attention_mask)
+            tokens = layer(tokens, attention_mask, keys=keys)
         return tokens
 
 
@@ -43,7 +51,8 @@ class MultimodalEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            TextLayer(config, attends_to=config.image_width) for _ in range(config.fusion_layers)
+            TextLayer(config, number=config.text_layers + n, attends_to=config.image_width)
+            for n in range(config.fusion_layers)
         )
         self.apply(initialize_bert)
 
@@ -52,42 +61,47 @@ class MultimodalEncoder(nn.Module):
         text_tokens: Float[Tensor, "B L W"],
         attention_mask: Bool[Tensor, "B L"],
         image_tokens: Float[Tensor, "B K I"],
+        keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Fuse each caption with the image in the same row; the first token is [CLS]."""
         for layer in self.layers:
-            text_tokens = layer(text_tokens, attention_mask, image_tokens)
+            text_tokens = layer(text_tokens, attention_mask, image_tokens, keys=keys)
         return text_tokens
 
 
 class TextLayer(nn.Module):
     """One BERT layer: self-attention, cross-attention to an image if it has one, MLP; post-norm."""
 
-    def __init__(self, config: ModelConfig, *, attends_to: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, number: int, attends_to: int | None = None) -> None:
         super().__init__()
-        self.self_attention = Attention(config, key_width=config.text_width)
+        site = 1 + SITES_PER_LAYER * number
+        self.self_attention = Attention(config, key_width=config.text_width, site=site)
         self.cross_attention = (
-            None if attends_to is None else Attention(config, key_width=attends_to)
+            None if attends_to is None else Attention(config, key_width=attends_to, site=site + 2)
         )
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, site=site + 4)
 
     def forward(
         self,
         tokens: Float[Tensor, "B L W"],
         attention_mask: Bool[Tensor, "B L"],
         image_tokens: Float[Tensor, "B K I"] | None = None,
+        *,
+        keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Refine the caption's tokens; padding is never attended to."""
-        tokens = self.self_attention(tokens, tokens, mask=attention_mask[:, None, None, :])
+        mask = attention_mask[:, None, None, :]
+        tokens = self.self_attention(tokens, tokens, mask=mask, keys=keys)
         if self.cross_attention is not None:
             assert image_tokens is not None
-            tokens = self.cross_attention(tokens, image_tokens)
-        return self.mlp(tokens)
+            tokens = self.cross_attention(tokens, image_tokens, keys=keys)
+        return self.mlp(tokens, keys)
 
 
 class Attention(nn.Module):
     """Multi-head attention with BERT's residual and post-norm; keys may be of another width."""
 
-    def __init__(self, config: ModelConfig, *, key_width: int) -> None:
+    def __init__(self, config: ModelConfig, *, key_width: int, site: int) -> None:
         super().__init__()
         width = config.text_width
         self.num_heads = config.text_heads
@@ -96,7 +110,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(key_width, width)
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.share_dropout = KeyedDropout(config.dropout, site=site)
+        self.dropout = KeyedDropout(config.dropout, site=site + 1)
 
     def forward(
         self,
@@ -104,31 +119,40 @@ class Attention(nn.Module):
         attended: Float[Tensor, "B K I"],
         *,
         mask: Bool[Tensor, "B 1 1 K"] | None = None,
+        keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Let every token look at `attended`, where the mask is True."""
         query, key, value = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projected in (self.query(tokens), self.key(attended), self.value(attended))
         )
-        dropout = self.dropout.p if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        if self.share_dropout.is_active:
+            # Spelled out, because the fused kernel draws its own masks. Captions are short.
+            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            context = self.share_dropout(scores.softmax(dim=-1), keys).to(value.dtype) @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, mask)
         context = self.output(context.transpose(1, 2).flatten(2))
-        return self.norm(tokens + self.dropout(context))
+        return self.norm(tokens + self.dropout(context, keys))
 
 
 class Mlp(nn.Module):
     """BERT's feed-forward half layer, with its residual and post-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, site: int) -> None:
         super().__init__()
         self.up = nn.Linear(config.text_width, config.text_mlp_width)
         self.down = nn.Linear(config.text_mlp_width, config.text_width)
         self.norm = nn.LayerNorm(config.text_width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = KeyedDropout(config.dropout, site=site)
 
-    def forward(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
+    def forward(
+        self, tokens: Float[Tensor, "B L W"], keys: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B L W"]:
         """Refine each token by itself."""
-        return self.norm(tokens + self.dropout(self.down(F.gelu(self.up(tokens)))))
+        return self.norm(tokens + self.dropout(self.down(F.gelu(self.up(tokens))), keys))
 
 
 class MlmHead(nn.Module):

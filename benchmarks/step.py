@@ -18,10 +18,11 @@ import torch
 import tyro
 
 from albef_core.batch import PairBatch
+from albef_core.feature_queue import Queues
 from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
-from albef_core.pretraining import Queues, pretraining_step
+from albef_core.pretraining import pretraining_step
 from albef_core.teacher import Teacher
 from pipelines.presets import PRETRAIN
 

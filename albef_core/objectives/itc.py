@@ -13,7 +13,7 @@ from albef_core.precision import full_precision, no_autocast
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What a query is compared with: teacher features of the batch, other workers, the queue."""
+    """What a query is compared with: the teacher's features of the batch, then of the queue."""
 
     features: Float[Tensor, "K D"]
     is_positive: Bool[Tensor, "B K"]
@@ -23,30 +23,27 @@ class Keys:
 
 
 def gather_keys(
-    teacher_features: Float[Tensor, "B D"],
+    batch_features: Float[Tensor, "G D"],
+    batch_ids: Int[Tensor, " G"],
     queue: FeatureQueue,
-    image_ids: Int[Tensor, " B"],
     *,
+    queries: range,
     image_id_positives: bool,
-    elsewhere: tuple[Float[Tensor, "K D"], Int[Tensor, " K"]] | None = None,
 ) -> Keys:
     """Put the batch's teacher features before the queue as it was, and mark the positives.
 
-    `elsewhere` are features and image ids of the other workers' pairs, between the two. With
-    `image_id_positives` every key of the same photograph is positive; without, only the batch's
-    diagonal, as in the published code.
+    `queries` are the rows of the batch that ask: all of it, or this worker's share. With
+    `image_id_positives` every key of the same photograph is positive; without, only the query's
+    own row, as in the published code.
     """
-    num_pairs = len(teacher_features)
-    batch_features, batch_ids = teacher_features, image_ids
-    if elsewhere is not None:
-        batch_features = torch.cat([batch_features, elsewhere[0]])
-        batch_ids = torch.cat([batch_ids, elsewhere[1]])
     key_ids = torch.cat([batch_ids, queue.image_ids])
     is_valid = torch.cat([torch.ones_like(batch_ids, dtype=torch.bool), queue.is_valid])
     if image_id_positives:
-        is_positive = (image_ids[:, None] == key_ids) & is_valid & (key_ids != NO_IMAGE)
+        own_ids = batch_ids[queries.start : queries.stop]
+        is_positive = (own_ids[:, None] == key_ids) & is_valid & (key_ids != NO_IMAGE)
     else:
-        is_positive = torch.eye(num_pairs, len(key_ids), dtype=torch.bool, device=image_ids.device)
+        rows = torch.arange(queries.start, queries.stop, device=batch_ids.device)
+        is_positive = rows[:, None] == torch.arange(len(key_ids), device=batch_ids.device)
     features = torch.cat([batch_features, queue.features.to(batch_features.dtype)])
     return Keys(features=features, is_positive=is_positive, is_valid=is_valid)
 
@@ -72,6 +69,11 @@ def itc_targets(
     return alpha * teacher_similarity.softmax(dim=1) + (1 - alpha) * hard
 
 
-def itc_loss(similarity: Float[Tensor, "B K"], targets: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
-    """Cross-entropy between the targets and one direction's softmax (equations 2 and 6)."""
-    return F.cross_entropy(similarity, targets)
+def itc_loss(
+    similarity: Float[Tensor, "B K"], targets: Float[Tensor, "B K"], *, count: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy between the targets and one direction's softmax (equations 2 and 6).
+
+    The sum over the rows is divided by `count`: B, or what a worker holds on average.
+    """
+    return F.cross_entropy(similarity, targets, reduction="sum") / count

@@ -15,17 +15,17 @@ class Negatives:
     """One hard negative image for each text and one hard negative text for each image."""
 
     images: Int[Tensor, " B"]
-    """Row of the image that text b is wrongly paired with."""
+    """Column of the ITC similarities whose image text b is wrongly paired with."""
     texts: Int[Tensor, " B"]
-    """Row of the text that image b is wrongly paired with."""
+    """Column of the ITC similarities whose text image b is wrongly paired with."""
     exist: Bool[Tensor, " B"]
     """False where the batch holds no other photograph, so that row b has no negative."""
 
 
 def negative_weights(
-    similarity: Float[Tensor, "B B"], same_image: Bool[Tensor, "B B"], *, guard_empty: bool
-) -> Float[Tensor, "B B"]:
-    """Weigh the batch's candidates by their in-batch ITC softmax; the same image weighs nothing.
+    similarity: Float[Tensor, "B C"], same_image: Bool[Tensor, "B C"], *, guard_empty: bool
+) -> Float[Tensor, "B C"]:
+    """Weigh a batch's candidates by their ITC softmax; the same image weighs nothing.
 
     The published code cuts after the softmax, so that a sharp row underflows to all zeros and
     cannot be sampled. With `guard_empty` the cut comes before, which weighs the rest alike, and a
@@ -37,35 +37,60 @@ def negative_weights(
     return similarity.masked_fill(same_image & ~hopeless, -torch.inf).softmax(dim=1)
 
 
-def sample_hard_negatives(
-    weights: Float[Tensor, "B B"], generator: torch.Generator | None = None
+def draw_hard_negatives(
+    weights: Float[Tensor, "B C"], uniforms: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """Draw one candidate a row in proportion to its weight."""
-    return torch.multinomial(weights, num_samples=1, generator=generator).squeeze(1)
+    """Draw one candidate a row in proportion to its weight, with one number of [0, 1) a row.
+
+    By inversion of the cumulative weights, because then a row's draw depends on its own number
+    and on nothing else. Raises RuntimeError where a row has no candidate.
+    """
+    cumulative = weights.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # the public one waits
+        (total != 0).all(), "a row has no candidate for a hard negative"
+    )
+    found = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(1)
+    return found.clamp(max=weights.shape[1] - 1)
 
 
 def match_pairs(
     student: ALBEF,
-    image_tokens: Float[Tensor, "B K I"],
+    images: Float[Tensor, "B K I"],
     text_tokens: Float[Tensor, "B L W"],
     attention_mask: Bool[Tensor, "B L"],
-    negatives: Negatives,
-) -> Float[Tensor, "M 2"]:
-    """Give ITM logits of B true pairs, B texts with a wrong image, B images with a wrong text."""
-    texts = torch.cat([text_tokens, text_tokens, text_tokens[negatives.texts]])
-    masks = torch.cat([attention_mask, attention_mask, attention_mask[negatives.texts]])
-    images = torch.cat([image_tokens, image_tokens[negatives.images], image_tokens])
-    return student.itm_head(student.fuse(texts, masks, images)[:, 0])
+    wrong_images: Float[Tensor, "B K I"],
+    wrong_tokens: Float[Tensor, "B L W"],
+    wrong_mask: Bool[Tensor, "B L"],
+    *keys: Int[Tensor, " B"],
+) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"], Float[Tensor, "B 2"]]:
+    """Give ITM logits of true pairs, of texts with a wrong image, of images with a wrong text.
+
+    `keys` fix the dropout of the three; see `albef_core.keyed`.
+    """
+    texts = torch.cat([text_tokens, text_tokens, wrong_tokens])
+    masks = torch.cat([attention_mask, attention_mask, wrong_mask])
+    looked_at = torch.cat([images, wrong_images, images])
+    fused = student.fuse(texts, masks, looked_at, torch.cat(keys) if keys else None)
+    matched, wrong_image, wrong_text = student.itm_head(fused[:, 0]).chunk(3)
+    return matched, wrong_image, wrong_text
 
 
 def itm_labels(num_pairs: int, device: torch.device) -> Int[Tensor, " M"]:
-    """Label the rows of `match_pairs`: 1 for the true pairs, then 0 twice."""
+    """Label true pairs 1, and then texts with a wrong image and images with a wrong text 0."""
     return (torch.arange(3 * num_pairs, device=device) < num_pairs).long()
 
 
 def itm_loss(
-    logits: Float[Tensor, "M 2"], labels: Int[Tensor, " M"], counts: Bool[Tensor, " M"]
+    logits: Float[Tensor, "M 2"],
+    labels: Int[Tensor, " M"],
+    counts: Bool[Tensor, " M"],
+    *,
+    count: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of matched or not (equation 4), averaged over the rows that count."""
+    """Cross-entropy of matched or not (equation 4): the sum of the rows that count over `count`.
+
+    That is how many they are, or how many a worker has on average.
+    """
     losses = F.cross_entropy(logits, labels, reduction="none")
-    return (losses * counts).sum() / counts.sum()
+    return (losses * counts).sum() / count

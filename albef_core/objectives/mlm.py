@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,16 +25,18 @@ def mlm_loss(
     labels: Int[Tensor, " N"],
     *,
     alpha: float,
+    count: Float[Tensor, ""],
     guard_empty: bool,
 ) -> MlmLosses:
     """Score the masked words against the true ones and the teacher's: `alpha` of the latter.
 
-    With `guard_empty` a batch in which nothing was masked has loss 0 (and gradient 0), not NaN.
+    Sums over the words are divided by `count`: N, or how many words a worker has on average. With
+    `guard_empty` a batch in which nothing was masked has loss 0 (and gradient 0), not NaN.
     """
     soft = teacher_logits.softmax(dim=-1)
-    if guard_empty and len(labels) == 0:
-        nothing = logits.sum()
-        return MlmLosses(total=nothing, labels=nothing, teacher=nothing)
-    hard_loss, soft_loss = F.cross_entropy(logits, labels), F.cross_entropy(logits, soft)
+    if guard_empty:
+        count = torch.where(count == 0, torch.ones_like(count), count)
+    hard_loss = F.cross_entropy(logits, labels, reduction="sum") / count
+    soft_loss = F.cross_entropy(logits, soft, reduction="sum") / count
     total = (1 - alpha) * hard_loss + alpha * soft_loss
     return MlmLosses(total=total, labels=hard_loss, teacher=soft_loss)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, paper_2021
-from albef_core.distributed import gather_rows
+from albef_core.distributed import gather_rows, world_size
+from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.official import from_official
 from albef_core.optim import adamw
-from albef_core.pretraining import PretrainingModel, PretrainingStep, Queues
+from albef_core.outcome import PretrainingStep
+from albef_core.pretraining import PretrainingModel
 from albef_core.teacher import Teacher
 from albef_core.weights import apply_weights
 
@@ -92,6 +94,7 @@ def batch_of(recorded: dict[str, Tensor], dtype: torch.dtype) -> PairBatch:
         masked_ids=recorded["mlm_input_ids"],
         mlm_labels=recorded["mlm_labels"],
         image_ids=torch.arange(len(recorded["image"])),
+        num_global=len(recorded["image"]) * world_size(),
     )
 
 
@@ -108,7 +111,7 @@ def forward(
         batch_of(recorded, replay.student.temperature.dtype),
         alpha=alpha,
         recipe=paper_2021(),
-        draw=lambda _weights: next(draws),
+        draw=lambda _weights, _uniforms: next(draws),
     )
 
 
@@ -121,10 +124,11 @@ def step(
     outcome.loss.backward()
     replay.optimizer.step()
     image_ids = torch.arange(len(recorded["image"]))
+    total = len(image_ids) * world_size()
     replay.queues.push(
-        gather_rows(outcome.teacher_image_features),
-        gather_rows(outcome.teacher_text_features),
-        gather_rows(image_ids),
+        gather_rows(outcome.teacher_image_features, num_pairs=total),
+        gather_rows(outcome.teacher_text_features, num_pairs=total),
+        gather_rows(image_ids, num_pairs=total),
     )
     return outcome
 

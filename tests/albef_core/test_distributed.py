@@ -1,5 +1,6 @@
-"""Two real processes tell each other their rows; one process alone keeps its own."""
+"""Real processes tell each other their rows; one process alone keeps its own."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,82 +9,92 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from albef_core.distributed import (
+    fetch_rows,
+    gather_objects,
     gather_rows,
+    global_mean,
     is_distributed,
     mean_over_workers,
-    rows_of_others,
+    own_share,
+    share_of,
 )
-from albef_core.feature_queue import FeatureQueue
-from albef_core.objectives.itc import gather_keys, itc_loss, itc_targets, similarities
 
-NUM_WORKERS = 2
+NUM_WORKERS, NUM_PAIRS = 3, 7
+WANTED = [6, 0, 0, 3, 2, 6, 1]
 
 
-def own_rows(rank: int) -> dict[str, torch.Tensor]:
-    """What each worker has to tell, of every kind that training gathers."""
-    features = torch.arange(6.0).reshape(2, 3) + 100 * rank
+def all_rows() -> dict[str, torch.Tensor]:
+    """What the workers hold together, of every kind that training gathers."""
     return {
-        "features": features.requires_grad_(),
-        "image ids": torch.tensor([1, 2]) + 10 * rank,
-        "mask": torch.tensor([True, False]),
-        "transposed": torch.arange(4.0).reshape(2, 2).T + rank,
+        "features": torch.arange(7.0 * 3).reshape(7, 3),
+        "image ids": torch.arange(7) + 10,
+        "mask": torch.arange(7) % 3 == 0,
+        "transposed": torch.arange(14.0).reshape(2, 7).T,
+    }
+
+
+@pytest.mark.parametrize(("num_pairs", "world_size"), [(7, 3), (64, 4), (5, 5), (512, 7)])
+def test_shares_follow_each_other_and_differ_by_one_at_most(
+    num_pairs: int, world_size: int
+) -> None:
+    shares = [share_of(rank, world_size, num_pairs) for rank in range(world_size)]
+    assert shares[0].start == 0
+    assert shares[-1].stop == num_pairs
+    assert all(left.stop == right.start for left, right in pairwise(shares))
+    assert {len(share) for share in shares} <= {
+        num_pairs // world_size,
+        -(-num_pairs // world_size),
     }
 
 
 def test_alone_every_function_is_the_identity() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     assert not is_distributed()
-    assert gather_rows(rows) is rows
-    assert len(rows_of_others(rows)) == 0
-    assert mean_over_workers(rows) is rows
-
-
-def itc_of(first: int, stop: int, *, elsewhere: bool) -> torch.Tensor:
-    """ITC of pairs first to stop of four; photograph 7 occurs in both halves."""
-    generator = torch.Generator().manual_seed(0)
-    queries, teacher, in_queue = torch.nn.functional.normalize(
-        torch.randn(3, 4, 5, generator=generator), dim=-1
-    )
-    image_ids = torch.tensor([7, 1, 2, 7])
-    queue = FeatureQueue(6, 5)
-    queue.push(in_queue, torch.tensor([1, 30, 31, 32]))
-    own, ids = teacher[first:stop], image_ids[first:stop]
-    others = (rows_of_others(own), rows_of_others(ids)) if elsewhere else None
-    keys = gather_keys(own, queue, ids, image_id_positives=True, elsewhere=others)
-    similarity = similarities(queries[first:stop], keys, torch.tensor(0.1))
-    return itc_loss(similarity, itc_targets(similarity, keys.is_positive, alpha=0.3))
+    assert own_share(5) == range(5)
+    assert torch.equal(gather_rows(rows, num_pairs=2), rows)
+    assert torch.equal(mean_over_workers(rows), rows)
+    assert fetch_rows(rows, torch.tensor([1, 1]), num_pairs=2).tolist() == [[3, 4, 5]] * 2
+    assert global_mean(torch.tensor(6.0), 3.0).item() == 2
+    assert gather_objects("one") == ["one"]
 
 
 @pytest.mark.slow
-def test_two_workers_gather_rows_by_rank_and_average(tmp_path: Path) -> None:
+def test_three_workers_with_uneven_shares_gather_fetch_and_average(tmp_path: Path) -> None:
     start_processes(_worker, args=(tmp_path,), nprocs=NUM_WORKERS, start_method="spawn")
-    told = [own_rows(rank) for rank in range(NUM_WORKERS)]
+    told, weights = all_rows(), torch.arange(1.0, 8.0)
     for rank in range(NUM_WORKERS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        own = share_of(rank, NUM_WORKERS, NUM_PAIRS)
         for kind, rows in found["gathered"].items():
-            expected = torch.cat([worker[kind].detach() for worker in told])
-            assert torch.equal(rows, expected), kind
-            assert rows.dtype == expected.dtype
+            assert torch.equal(rows, told[kind]), kind
+            assert rows.dtype == told[kind].dtype
             assert not rows.requires_grad
-        expected = (told[0]["features"] + told[1]["features"]).detach() / NUM_WORKERS
-        torch.testing.assert_close(found["mean"], expected)
-        assert found["is untouched"]
-        assert torch.equal(found["others"], told[1 - rank]["image ids"])
-        torch.testing.assert_close(found["itc"], itc_of(0, 4, elsewhere=False))
+        assert torch.equal(found["fetched"], told["features"][WANTED[own.start : own.stop]])
+        # Each use of a row, on whatever worker, sends its gradient home: here the user's weight.
+        expected = torch.zeros(NUM_PAIRS).index_add(0, torch.tensor(WANTED), weights)
+        assert torch.equal(found["gradient"][:, 0], expected[own.start : own.stop])
+        torch.testing.assert_close(found["mean"], told["features"].mean())
+        assert found["ranks"] == [0, 1, 2]
 
 
 def _worker(rank: int, out: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/store", rank=rank, world_size=NUM_WORKERS
     )
-    rows = own_rows(rank)
-    mean = mean_over_workers(rows["features"].detach())
+    own = own_share(NUM_PAIRS)
+    rows = {kind: value[own.start : own.stop] for kind, value in all_rows().items()}
+    features = rows["features"].clone().requires_grad_()
+    wanted = torch.tensor(WANTED[own.start : own.stop])
+    fetched = fetch_rows(features, wanted, num_pairs=NUM_PAIRS)
+    weights = torch.arange(1.0, 8.0)[own.start : own.stop]
+    (fetched * weights[:, None]).sum().backward()
+    part = global_mean(rows["features"].sum(), float(all_rows()["features"].numel()))
     found = {
-        "gathered": {kind: gather_rows(value) for kind, value in rows.items()},
-        "mean": mean,
-        "others": rows_of_others(rows["image ids"]),
-        "itc": mean_over_workers(itc_of(2 * rank, 2 * rank + 2, elsewhere=True)),
-        "is untouched": torch.equal(rows["features"], own_rows(rank)["features"]),
+        "gathered": {kind: gather_rows(value, num_pairs=NUM_PAIRS) for kind, value in rows.items()},
+        "fetched": fetched.detach(),
+        "gradient": features.grad,
+        "mean": mean_over_workers(part),
+        "ranks": gather_objects(rank),
     }
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig, ObjectiveConfig, corrected
+from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.official import from_official, num_text_layers, our_name, to_official
-from albef_core.pretraining import Queues
 from albef_core.teacher import Teacher
 from albef_core.weights import model_config_of
 from tests.albef_core.replay import read_json

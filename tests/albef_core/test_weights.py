@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, TextConfig, corrected, paper_2021
+from albef_core.feature_queue import Queues
 from albef_core.image_encoder import resize_position_embeddings
 from albef_core.model import ALBEF
 from albef_core.official import num_text_layers, official_name, our_name
-from albef_core.pretraining import Queues
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import (

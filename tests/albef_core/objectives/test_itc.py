@@ -27,6 +27,12 @@ def unit_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def all_ask(features: torch.Tensor, queue: FeatureQueue, image_ids: torch.Tensor) -> Keys:
+    """The keys of a batch that is on one worker."""
+    queries = range(len(features))
+    return gather_keys(features, image_ids, queue, queries=queries, image_id_positives=True)
+
+
 class Case:
     """A random contrast: queries, teacher's queries and keys, ids with duplicates, a queue."""
 
@@ -48,8 +54,9 @@ class Case:
     def gather(self, *, by_id: bool) -> Keys:
         return gather_keys(
             torch.from_numpy(self.keys),
-            self.queue,
             torch.from_numpy(self.image_ids),
+            self.queue,
+            queries=range(len(self.keys)),
             image_id_positives=by_id,
         )
 
@@ -89,7 +96,7 @@ def test_itc_equals_its_equations_forward_and_backward(
     scale = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     teacher = similarities(torch.from_numpy(case.teacher_queries), keys, scale).detach()
     targets = itc_targets(teacher, keys.is_positive, alpha=alpha)
-    loss = itc_loss(similarities(queries, keys, scale), targets)
+    loss = itc_loss(similarities(queries, keys, scale), targets, count=float(len(queries)))
     loss.backward()
 
     all_keys, positive, valid = case.literal_keys(by_id=by_id)
@@ -132,13 +139,13 @@ def test_two_captions_of_one_photograph_share_the_target() -> None:
     targets = itc_targets(similarity, positive, alpha=0.0)
     torch.testing.assert_close(targets, torch.tensor([[0.5, 0.5, 0.0]]))
     expected = -similarity.log_softmax(dim=1)[0, 0]
-    torch.testing.assert_close(itc_loss(similarity, targets), expected)
+    torch.testing.assert_close(itc_loss(similarity, targets, count=1.0), expected)
 
 
 def test_a_photograph_still_in_the_queue_is_positive_and_a_stale_id_is_not() -> None:
     queue = FeatureQueue(4, 2)
     queue.push(torch.eye(2), torch.tensor([5, 6]))
-    keys = gather_keys(torch.eye(2), queue, torch.tensor([6, 0]), image_id_positives=True)
+    keys = all_ask(torch.eye(2), queue, torch.tensor([6, 0]))
     # Slots 2 and 3 were never written: their id 0 is no photograph.
     assert keys.is_positive.tolist() == [
         [True, False, False, True, False, False],
@@ -146,10 +153,21 @@ def test_a_photograph_still_in_the_queue_is_positive_and_a_stale_id_is_not() -> 
     ]
 
 
+@pytest.mark.parametrize("by_id", [True, False])
+def test_a_share_of_the_batch_has_the_rows_of_the_whole(by_id: bool) -> None:
+    queue = FeatureQueue(4, 2)
+    queue.push(torch.eye(2), torch.tensor([5, 6]))
+    features, ids = torch.randn(5, 2), torch.tensor([6, 0, 1, 1, 6])
+    whole = gather_keys(features, ids, queue, queries=range(5), image_id_positives=by_id)
+    share = gather_keys(features, ids, queue, queries=range(2, 4), image_id_positives=by_id)
+    assert torch.equal(share.is_positive, whole.is_positive[2:4])
+    assert torch.equal(share.features, whole.features)
+
+
 def test_random_vectors_of_no_image_are_nobodys_positives() -> None:
     queue = FeatureQueue(3, 2)
     queue.fill_randomly(torch.Generator().manual_seed(0))
-    keys = gather_keys(torch.eye(2), queue, torch.tensor([NO_IMAGE, 1]), image_id_positives=True)
+    keys = all_ask(torch.eye(2), queue, torch.tensor([NO_IMAGE, 1]))
     assert not keys.is_positive[:, 2:].any()
 
 
@@ -158,12 +176,10 @@ def test_an_empty_queue_gives_the_loss_of_no_queue() -> None:
     queries, own = (torch.from_numpy(unit_rows(rng, 4, 8)).float() for _ in range(2))
     losses = []
     for num_slots in (0, 16):
-        keys = gather_keys(
-            own, FeatureQueue(num_slots, 8), torch.tensor([1, 1, 2, 3]), image_id_positives=True
-        )
+        keys = all_ask(own, FeatureQueue(num_slots, 8), torch.tensor([1, 1, 2, 3]))
         similarity = similarities(queries, keys, torch.tensor(0.07))
         targets = itc_targets(similarity, keys.is_positive, alpha=0.4)
-        losses.append(itc_loss(similarity, targets))
+        losses.append(itc_loss(similarity, targets, count=4.0))
     torch.testing.assert_close(*losses)
 
 
@@ -172,14 +188,10 @@ def test_float32_stays_finite_at_both_ends_of_the_temperature(temperature: float
     queue = FeatureQueue(4, 2)
     queries = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
     scale = torch.tensor(temperature, requires_grad=True)
-    keys = gather_keys(
-        torch.tensor([[-1.0, 0.0], [1.0, 0.0]]),
-        queue,
-        torch.tensor([1, 2]),
-        image_id_positives=True,
-    )
+    keys = all_ask(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), queue, torch.tensor([1, 2]))
     similarity = similarities(queries, keys, scale)
-    loss = itc_loss(similarity, itc_targets(similarity.detach(), keys.is_positive, alpha=0.4))
+    targets = itc_targets(similarity.detach(), keys.is_positive, alpha=0.4)
+    loss = itc_loss(similarity, targets, count=2.0)
     loss.backward()
     # Every pair is as wrong as can be: right -1, wrong 1. The label asks for the right one, the
     # teacher for the wrong one, and the two log shares differ by 2 / temperature.
@@ -196,7 +208,7 @@ def test_float32_stays_finite_at_both_ends_of_the_temperature(temperature: float
 def test_similarities_under_autocast_are_float32_products() -> None:
     rng = np.random.default_rng(0)
     queries, own = (torch.from_numpy(unit_rows(rng, 6, 64)).float() for _ in range(2))
-    keys = gather_keys(own, FeatureQueue(1, 64), torch.arange(6), image_id_positives=True)
+    keys = all_ask(own, FeatureQueue(1, 64), torch.arange(6))
     with torch.autocast("cpu", torch.bfloat16):
         similarity = similarities(queries, keys, torch.tensor(0.01))
     exact = queries.double() @ own.double().T / 0.01

@@ -12,17 +12,21 @@ from hypothesis import strategies as st
 from albef_core.batch import PairBatch
 from albef_core.model import ALBEF
 from albef_core.objectives.itm import (
-    Negatives,
+    draw_hard_negatives,
     itm_labels,
     itm_loss,
     match_pairs,
     negative_weights,
-    sample_hard_negatives,
 )
 from tests.albef_core import literal
 
 # Both sides compute in float64 and differ in the order of their sums.
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def drawn_from(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    numbers = torch.rand(len(weights), generator=generator, dtype=torch.float64)
+    return draw_hard_negatives(weights, numbers)
 
 
 def same_image(image_ids: list[int]) -> torch.Tensor:
@@ -64,7 +68,7 @@ def test_the_same_photograph_is_never_drawn_where_there_is_another(
     weights = negative_weights(similarity, same, guard_empty=True)
     exist = ~same.all(dim=1)
     for _ in range(100):
-        drawn = sample_hard_negatives(weights, generator)
+        drawn = drawn_from(weights, generator)
         assert not same[torch.arange(len(image_ids)), drawn][exist].any()
 
 
@@ -72,12 +76,18 @@ def test_candidates_are_drawn_in_proportion_to_their_weight() -> None:
     weights = torch.zeros(200, 200)
     weights[:, 1], weights[:, 2] = 0.2, 0.8
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([sample_hard_negatives(weights, generator) for _ in range(100)])
+    drawn = torch.cat([drawn_from(weights, generator) for _ in range(100)])
     shares = drawn.bincount(minlength=3) / len(drawn)
     assert len(shares) == 3
     assert shares[0] == 0
     # Five standard deviations of a share of 20,000 draws.
     assert shares[2].item() == pytest.approx(0.8, abs=0.015)
+
+
+def test_each_number_finds_its_place_on_the_line_of_weights() -> None:
+    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(5, 5)
+    numbers = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1 - 2**-32], dtype=torch.float64)
+    assert draw_hard_negatives(weights, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_published_weights_lack_the_positives_share() -> None:
@@ -92,9 +102,10 @@ def test_published_weights_lack_the_positives_share() -> None:
 def test_published_weights_stop_the_run_where_a_row_underflows() -> None:
     similarity = torch.eye(2) / 0.001
     eye = torch.eye(2, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="invalid multinomial distribution"):
-        sample_hard_negatives(negative_weights(similarity, eye, guard_empty=False))
-    mended = sample_hard_negatives(negative_weights(similarity, eye, guard_empty=True))
+    numbers = torch.tensor([0.0, 0.999], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="no candidate"):
+        draw_hard_negatives(negative_weights(similarity, eye, guard_empty=False), numbers)
+    mended = draw_hard_negatives(negative_weights(similarity, eye, guard_empty=True), numbers)
     assert mended.tolist() == [1, 0]
 
 
@@ -115,7 +126,7 @@ def test_itm_equals_its_equation_forward_and_backward(
     labels = itm_labels(num_pairs, torch.device("cpu"))
     counts = torch.tensor([True] * num_pairs + exist + exist)
     ours = torch.from_numpy(logits).requires_grad_()
-    loss = itm_loss(ours, labels, counts)
+    loss = itm_loss(ours, labels, counts, count=counts.double().sum())
     loss.backward()
     arguments = (labels.numpy(), counts.numpy())
     np.testing.assert_allclose(loss.item(), literal.itm_loss(logits, *arguments), **EXACT)
@@ -126,7 +137,8 @@ def test_itm_equals_its_equation_forward_and_backward(
 
 def test_without_any_negative_the_loss_is_that_of_the_true_pairs() -> None:
     logits = torch.tensor([[0.0, 1.0], [3.0, -2.0], [-1.0, 4.0]], requires_grad=True)
-    loss = itm_loss(logits, itm_labels(1, logits.device), torch.tensor([True, False, False]))
+    labels, counts = itm_labels(1, logits.device), torch.tensor([True, False, False])
+    loss = itm_loss(logits, labels, counts, count=counts.float().sum())
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(np.log1p(np.exp(-1.0)), dtype=torch.float32))
     assert logits.grad is not None
@@ -144,12 +156,18 @@ def test_each_row_of_logits_matches_the_pair_it_stands_for(
     batch = make_pairs([1, 2, 3])
     image_tokens, _ = tiny_model.encode_image(batch.images)
     text_tokens, _ = tiny_model.encode_text(batch.token_ids, batch.attention_mask)
-    negatives = Negatives(
-        images=torch.tensor([1, 2, 0]),
-        texts=torch.tensor([2, 0, 1]),
-        exist=torch.ones(3, dtype=torch.bool),
+    wrong_images, wrong_texts = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
+    logits = torch.cat(
+        match_pairs(
+            tiny_model,
+            image_tokens,
+            text_tokens,
+            batch.attention_mask,
+            image_tokens[wrong_images],
+            text_tokens[wrong_texts],
+            batch.attention_mask[wrong_texts],
+        )
     )
-    logits = match_pairs(tiny_model, image_tokens, text_tokens, batch.attention_mask, negatives)
     texts = [0, 1, 2, 0, 1, 2, 2, 0, 1]
     images = [0, 1, 2, 1, 2, 0, 0, 1, 2]
     for row, (text, image) in enumerate(zip(texts, images, strict=True)):

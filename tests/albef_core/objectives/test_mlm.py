@@ -36,6 +36,7 @@ def test_mlm_equals_its_equations_forward_and_backward(
         torch.from_numpy(teacher_logits),
         torch.from_numpy(labels),
         alpha=alpha,
+        count=torch.tensor(float(num_masked)),
         guard_empty=guard_empty,
     )
     losses.total.backward()
@@ -53,7 +54,14 @@ def test_mlm_equals_its_equations_forward_and_backward(
 def test_mlm_of_one_word_worked_out_by_hand() -> None:
     logits = torch.tensor([[np.log(3.0), 0.0]])  # shares 3/4 and 1/4
     teacher_logits = torch.tensor([[0.0, 0.0]])
-    losses = mlm_loss(logits, teacher_logits, torch.tensor([1]), alpha=0.4, guard_empty=True)
+    losses = mlm_loss(
+        logits,
+        teacher_logits,
+        torch.tensor([1]),
+        alpha=0.4,
+        count=torch.tensor(1.0),
+        guard_empty=True,
+    )
     assert losses.labels.item() == pytest.approx(np.log(4.0))
     assert losses.teacher.item() == pytest.approx((np.log(4.0) + np.log(4 / 3)) / 2)
     assert losses.total.item() == pytest.approx(
@@ -69,6 +77,7 @@ def test_with_nothing_masked_loss_and_gradient_are_zero() -> None:
         torch.zeros(0, 5),
         torch.zeros(0, dtype=torch.int64),
         alpha=0.4,
+        count=torch.tensor(0.0),
         guard_empty=True,
     )
     losses.total.backward()
@@ -83,6 +92,7 @@ def test_with_nothing_masked_the_published_loss_is_nan() -> None:
         torch.zeros(0, 5),
         torch.zeros(0, dtype=torch.int64),
         alpha=0.4,
+        count=torch.tensor(0.0),
         guard_empty=False,
     )
     assert losses.total.isnan()
