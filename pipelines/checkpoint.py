@@ -1,30 +1,42 @@
-"""Everything a training needs to go on: weights, teacher, queues, optimizer, and where it was.
+"""The state of a training: copied off the device, written to files, put back bit for bit.
 
 A checkpoint is also a model folder: `albef_core.weights.load_model` reads it.
 """
 
+import copy
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.errors import InputError
+from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.official import from_official
-from albef_core.pretraining import Queues
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import apply_weights, official_state, read_tensors, save_model
+from albef_core.weights import (
+    apply_weights,
+    official_state,
+    read_official,
+    read_tensors,
+    save_model,
+)
+from pipelines.checkpoint_files import running_versions
 from pipelines.config import PretrainConfig
 from pipelines.config_file import config_digest, write_config
 
 TEACHER, QUEUES = "teacher.", "queues."
 """Of names in `teacher.safetensors`: the teacher's weights under official keys, the queues under
 ours, because the official code keeps neither their ids nor what is valid."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,144 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training as it was after one step, on the CPU; holds until its owner takes the next."""
+
+    student: ALBEF
+    teacher: Teacher
+    queues: Queues
+    optimizer: dict[str, Any]
+    """The optimizer's state dict."""
+    number: int
+    owner: "Snapshotter"
+
+    def check(self) -> None:
+        """Raise RuntimeError when a later snapshot has taken this one's memory."""
+        if self.owner.num_taken != self.number:
+            raise RuntimeError(
+                "a later snapshot was taken while this one was still to be written;"
+                " wait for the writer before `take`"
+            )
+
+
+class Snapshotter:
+    """Copies a training into CPU memory of its own, the same for every snapshot.
+
+    Fresh memory would cost more than the copy. So wait until the last snapshot is written before
+    the next is taken; the other way round, the writing of the last one raises.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._student = _twin(state.student)
+        self._teacher = _twin(state.teacher)
+        self._queues = _twin(state.queues)
+        self._moments: dict[tuple[int, str], Tensor] = {}
+        self.num_taken = 0
+
+    @torch.no_grad()
+    def take(self) -> Snapshot:
+        """Copy every tensor of the training: the one part of a checkpoint that stops it."""
+        self.num_taken += 1
+        state = self._state
+        twins = (self._student, self._teacher, self._queues)
+        for twin, module in zip(twins, (state.student, state.teacher, state.queues), strict=True):
+            for copied, tensor in zip(_tensors(twin), _tensors(module), strict=True):
+                copied.copy_(tensor, non_blocking=True)
+        optimizer = self._copy_optimizer()
+        if state.student.temperature.is_cuda:
+            torch.cuda.synchronize(state.student.temperature.device)
+        return Snapshot(
+            student=self._student,
+            teacher=self._teacher,
+            queues=self._queues,
+            optimizer=optimizer,
+            number=self.num_taken,
+            owner=self,
+        )
+
+    def _copy_optimizer(self) -> dict[str, Any]:
+        saved = self._state.optimizer.state_dict()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for index, tensors in saved["state"].items():
+            moments[index] = {}
+            for name, tensor in tensors.items():
+                if (index, name) not in self._moments:
+                    self._moments[index, name] = _room_for(tensor)
+                moments[index][name] = self._moments[index, name]
+                moments[index][name].copy_(tensor, non_blocking=True)
+        return {"state": moments, "param_groups": copy.deepcopy(saved["param_groups"])}
+
+
+def write_snapshot(
+    snapshot: Snapshot, folder: Path, *, config: PretrainConfig, tokenizer: Tokenizer
+) -> None:
+    """Write a snapshot's files into a folder; training may go on meanwhile.
+
+    Raises RuntimeError when the next snapshot is taken before all is written.
+    """
+    snapshot.check()
+    save_model(
+        folder,
+        snapshot.student,
+        model_config=config.model,
+        text_config=config.text,
+        recipe=config.recipe,
+        tokenizer=tokenizer,
+    )
+    moving = official_state(snapshot.teacher, config.model, prefix=TEACHER)
+    moving |= {QUEUES + name: tensor for name, tensor in snapshot.queues.state_dict().items()}
+    save_file(moving, folder / "teacher.safetensors")
+    torch.save(snapshot.optimizer, folder / "optimizer.pt")
+    write_config(config, folder / "pretrain.json")
+    snapshot.check()
+
+
+def restore(folder: Path, state: TrainState) -> None:
+    """Put a training back where a checkpoint left it, bit for bit; its store has checked the files.
+
+    Raises:
+        InputError: they are of a training of other sizes.
+    """
+    weights = folder / "model.safetensors"
+    apply_weights(state.student, read_official(weights), source=str(weights))
+    source = folder / "teacher.safetensors"
+    moving = read_tensors(source)
+    queues = {k.removeprefix(QUEUES): v for k, v in moving.items() if k.startswith(QUEUES)}
+    teacher = from_official({k: v for k, v in moving.items() if not k.startswith(QUEUES)})
+    teacher = {k.removeprefix(TEACHER): v for k, v in teacher.items()}
+    apply_weights(state.teacher, teacher, source=str(source))
+    # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        state.queues.load_state_dict(queues)
+        state.optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError) as error:  # how torch reports other sizes and other groups
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{folder}: does not fit this training ({reason})."
+            " Go on with the config that it was made with: its pretrain.json."
+        ) from error
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    # From pinned memory only does a GPU copy without a stop for each tensor.
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+
+
+def _twin(module: Module) -> Module:
+    """Copy a module, its tensors without values and on the CPU."""
+    rooms: dict[int, Any] = {id(buffer): _room_for(buffer) for buffer in module.buffers()}
+    for parameter in module.parameters():
+        rooms[id(parameter)] = nn.Parameter(_room_for(parameter), requires_grad=False)
+    return copy.deepcopy(module, rooms)  # what `rooms` holds is taken instead of copied
+
+
 def save_checkpoint(
     folder: Path,
     state: TrainState,
@@ -47,30 +197,14 @@ def save_checkpoint(
     corpus_id: str,
 ) -> None:
     """Write the training as it is after `step` steps; `state.json` last."""
-    save_model(
-        folder,
-        state.student,
-        model_config=config.model,
-        text_config=config.text,
-        recipe=config.recipe,
-        tokenizer=tokenizer,
-    )
-    moving = official_state(state.teacher, config.model, prefix=TEACHER)
-    queues = {name: tensor.cpu().contiguous() for name, tensor in state.queues.state_dict().items()}
-    save_file(
-        moving | {QUEUES + name: tensor for name, tensor in queues.items()},
-        folder / "teacher.safetensors",
-    )
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
-    write_config(config, folder / "pretrain.json")
-    versions = {name: version(name) for name in ("torch", "ray", "mlflow", "timm")}
+    write_snapshot(Snapshotter(state).take(), folder, config=config, tokenizer=tokenizer)
     body = {
         "step": step,
         "pairs_seen": step * config.batch_size,
         "seed": config.seed,
         "corpus_id": corpus_id,
         "config_digest": config_digest(config),
-        "versions": versions,
+        "versions": running_versions(),
     }
     partial = folder / "state.json.tmp"
     partial.write_text(json.dumps(body, indent=1) + "\n")
@@ -79,15 +213,5 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, state: TrainState, *, config: ModelConfig) -> int:
     """Put a training back where a checkpoint left it; return the number of steps done."""
-    student = from_official(read_tensors(folder / "model.safetensors"))
-    apply_weights(state.student, student, source=str(folder))
-    moving = load_file(folder / "teacher.safetensors")
-    queues = {k: v for k, v in moving.items() if k.startswith(QUEUES)}
-    state.queues.load_state_dict({k.removeprefix(QUEUES): v for k, v in queues.items()})
-    teacher = from_official({k: v for k, v in moving.items() if k not in queues})
-    teacher = {k.removeprefix(TEACHER): v for k, v in teacher.items()}
-    apply_weights(state.teacher, teacher, source=str(folder))
-    # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    state.optimizer.load_state_dict(saved)
+    restore(folder, state)
     return int(json.loads((folder / "state.json").read_text())["step"])
