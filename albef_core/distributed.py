@@ -11,10 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-
-def share_of(rank: int, world_size: int, num_pairs: int) -> range:
-    """Give the places in the global batch that one worker holds."""
-    return range(rank * num_pairs // world_size, (rank + 1) * num_pairs // world_size)
+from albef_core.shares import share_of
 
 
 def own_share(num_pairs: int) -> range:

@@ -99,6 +99,8 @@ def parse_preset(
     config = _read_flags(PretrainConfig, words, prog=prog, doc=doc, start=start)
     if "--name" in _given(words):
         return config
+    if config.resume:
+        return dataclasses.replace(config, name="")  # the run that has the checkpoint
     return dataclasses.replace(config, name=f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
 

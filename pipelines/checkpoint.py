@@ -4,8 +4,6 @@ A checkpoint is also a model folder: `albef_core.weights.load_model` reads it.
 """
 
 import copy
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
@@ -28,9 +25,8 @@ from albef_core.weights import (
     read_tensors,
     save_model,
 )
-from pipelines.checkpoint_files import running_versions
 from pipelines.config import PretrainConfig
-from pipelines.config_file import config_digest, write_config
+from pipelines.config_file import write_config
 
 TEACHER, QUEUES = "teacher.", "queues."
 """Of names in `teacher.safetensors`: the teacher's weights under official keys, the queues under
@@ -185,33 +181,3 @@ def _twin(module: Module) -> Module:
     for parameter in module.parameters():
         rooms[id(parameter)] = nn.Parameter(_room_for(parameter), requires_grad=False)
     return copy.deepcopy(module, rooms)  # what `rooms` holds is taken instead of copied
-
-
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    *,
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
-    step: int,
-    corpus_id: str,
-) -> None:
-    """Write the training as it is after `step` steps; `state.json` last."""
-    write_snapshot(Snapshotter(state).take(), folder, config=config, tokenizer=tokenizer)
-    body = {
-        "step": step,
-        "pairs_seen": step * config.batch_size,
-        "seed": config.seed,
-        "corpus_id": corpus_id,
-        "config_digest": config_digest(config),
-        "versions": running_versions(),
-    }
-    partial = folder / "state.json.tmp"
-    partial.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(partial, folder / "state.json")  # noqa: PTH105  # the name is the point: atomic
-
-
-def load_checkpoint(folder: Path, state: TrainState, *, config: ModelConfig) -> int:
-    """Put a training back where a checkpoint left it; return the number of steps done."""
-    restore(folder, state)
-    return int(json.loads((folder / "state.json").read_text())["step"])

@@ -107,6 +107,40 @@ class PretrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     recipe: Recipe = field(default_factory=Recipe)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    micro_batch_size: int | None = None
+    """Pairs that a worker holds activations of at once; the gradient stays that of the whole
+    batch, for one more forward pass. Default: the worker's whole share."""
+    caption_policy: Literal["random", "all"] = "random"
+    """Which of an image's captions an epoch takes: `random`, or `all` of them in turn, one an
+    epoch."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, beside those by time and at the ends of epochs."""
+    checkpoint_minutes: float = 15.0
+    """Longest time without a checkpoint; 0: none by time."""
+    keep_last: int = 2
+    """Checkpoints kept, the newest ones."""
+    keep_best: str = "train/loss/total"
+    """Curve whose lowest mean since the checkpoint before marks the best one, which is kept
+    too; empty: none."""
+    checkpoints: str = ""
+    """Where checkpoints go: a folder or an fsspec URL such as `s3://bucket/run`. Default: the
+    run's folder in --storage."""
+    resume: str = ""
+    """Go on from a checkpoint: `newest` (also without a value) for the newest good one in the
+    storage, or a checkpoint's folder. The same --name goes on by itself."""
+    force: bool = False
+    """Go on although fields differ that change the objective."""
+    min_workers: int | None = None
+    """Go on with as few workers as this when some are lost, and take new ones as they come.
+    Default: wait for all."""
+    max_failures: int = 3
+    """Times that lost workers are replaced before the run gives up."""
+    step_timeout_s: float = 1800.0
+    """Seconds without a finished step after which the stuck part is named and the workers start
+    again from the newest checkpoint."""
+    max_bad_steps: int = 10
+    """Batches in a row with a loss or gradient that is not finite; each is skipped, one more
+    stops the run."""
     log_every: int = 10
     """Steps between two points of the logged curves."""
     feed_cpus: float = 0.5
@@ -130,7 +164,10 @@ class PretrainConfig:
         if self.steps is None and self.epochs is None:
             raise InputError("The run has no length. Give --steps or --epochs.")
         check_counts(self, "steps", "epochs", "batch_size", "workers", "log_every")
-        check_counts(self, "seed", least=0)
+        check_counts(self, "micro_batch_size", "checkpoint_every", "keep_last", "min_workers")
+        check_counts(self, "seed", "max_failures", "max_bad_steps", least=0)
+        check_range(self, "checkpoint_minutes")
+        check_range(self, "step_timeout_s", low=1.0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
         check_range(self, "max_bad_share", high=1.0)
         if self.text.max_tokens > self.model.max_positions:
@@ -144,10 +181,15 @@ class PretrainConfig:
                 " pair, which has no negative, and the recipe has guard_empty=false."
                 " Take a larger batch."
             )
-        if self.batch_size % self.workers:
+        if self.batch_size < self.workers:
             raise InputError(
-                f"--batch-size {self.batch_size} cannot be dealt evenly to --workers"
-                f" {self.workers}. Choose a multiple."
+                f"--batch-size {self.batch_size} leaves some of --workers {self.workers} without a"
+                " pair. Take fewer workers, or a larger batch."
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise InputError(
+                f"--min-workers {self.min_workers} is more than --workers {self.workers}."
+                " Lower it: --workers is the most that are used."
             )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from albef_core.errors import InputError
+from albef_core.shares import share_of
 from pipelines.order import steps_per_epoch
 from pipelines.pairs import FeedSpec, open_corpus, prepare_block
 
@@ -95,7 +96,7 @@ def batches(
 ) -> Iterator[FeedBatch]:
     """Iterate over one worker's batches of steps start to stop, inside the training function.
 
-    Worker `rank` receives pairs [rank * share, (rank + 1) * share) of every global batch. Nothing
+    Worker `rank` receives `share_of` the pairs of every global batch, in their order. Nothing
     before `start_step` is read. Steps count on over epochs: epoch = step // steps_per_epoch.
 
     Args:
@@ -103,7 +104,7 @@ def batches(
         start_step: first global step.
         stop_step: the step after the last one.
         rank: number of this worker.
-        world_size: workers; divides `spec.batch_size`.
+        world_size: workers, at most one a pair.
         task_cpus: logical CPUs of one decoding task.
         cpu_limit: logical CPUs that this worker's tasks may hold together.
 
@@ -111,13 +112,12 @@ def batches(
         InputError: the corpus is absent, damaged, or smaller than a global batch.
         FeedOrderError: a batch arrived out of turn.
     """
-    assert spec.batch_size % world_size == 0, "the configuration deals the batch evenly"
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    share = spec.batch_size // world_size
-    starts = range(rank * share, (rank + 1) * share, spec.rows_per_block)
+    share = share_of(rank, world_size, spec.batch_size)
+    starts = range(share.start, share.stop, spec.rows_per_block)
     plan = Plan(
         spec=spec,
-        parts=[range(start, min(start + spec.rows_per_block, starts.stop)) for start in starts],
+        parts=[range(start, min(start + spec.rows_per_block, share.stop)) for start in starts],
         steps_per_epoch=steps_per_epoch(open_corpus(spec.corpus).num_images, spec.batch_size),
         task_cpus=task_cpus,
         cpu_limit=max(cpu_limit, task_cpus),

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from albef_core.errors import InputError
 
+ORDER_VERSION = 1
+"""Rises when the same seed would give another order."""
 WINDOW_GROUPS = 8
 """Row groups whose rows are mixed: a task that reads a batch touches about this many."""
 
@@ -18,6 +20,7 @@ class Stream(IntEnum):
     GROUPS = 0
     WINDOW = 1
     PAIR = 2
+    CAPTIONS = 3
 
 
 def generator(stream: Stream, *, seed: int, epoch: int, item: int = 0) -> np.random.Generator:

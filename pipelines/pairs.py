@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,8 @@ class FeedSpec:
     """Seed of the run."""
     batch_size: int
     """Pairs in a global batch, over all workers."""
+    caption_policy: Literal["random", "all"] = "random"
+    """One of an image's captions at random, or all in turn, one an epoch."""
     saturate_pixels: bool = True
     """RandAugment stops at 0 and 255 instead of overflowing."""
     rows_per_block: int = 256
@@ -112,7 +114,7 @@ def prepare_block(spec: FeedSpec, *, step: int, start: int, stop: int) -> dict[s
         source, pixels, due = _decode(corpus, rows[index : index + MAX_STAND_INS])
         # Keyed by the image that was due, so that a stand-in is a second view and not a copy.
         rng = generator(Stream.PAIR, seed=spec.seed, epoch=epoch, item=image_key(due))
-        captions.append(source.captions[rng.integers(len(source.captions))])
+        captions.append(_caption(spec, source, epoch=epoch, rng=rng))
         images[index] = _augmented(spec, pixels, rng)
         sources.append(source)
         generators.append(rng)
@@ -168,6 +170,17 @@ def _decode(corpus: Corpus, candidates: NDArray[np.int64]) -> tuple[Source, NDAr
         f"{corpus.folder}: {len(candidates)} images in a row do not decode, from {due!r} on."
         " The corpus is damaged: copy it again, or ingest its source once more."
     )
+
+
+def _caption(spec: FeedSpec, source: Source, *, epoch: int, rng: np.random.Generator) -> str:
+    count = len(source.captions)
+    if spec.caption_policy == "random":
+        return source.captions[rng.integers(count)]
+    # An order of its own for every image, the same in all epochs: after `count` of them all have
+    # been seen once.
+    key = image_key(source.image_id)
+    turns = generator(Stream.CAPTIONS, seed=spec.seed, epoch=0, item=key).permutation(count)
+    return source.captions[turns[epoch % count]]
 
 
 def _augmented(

@@ -1,10 +1,12 @@
 """How far a run is: workers write it into an actor, the driver shows it as a bar or as lines."""
 
 import logging
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
@@ -15,16 +17,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Holds the newest step and its numbers; costs no CPU of the cluster."""
+    """What driver and workers tell each other during a run; costs no CPU of the cluster."""
 
     def __init__(self) -> None:
         self.step = 0
         self.values: dict[str, float] = {}
         self.refusal = ""
+        self.notes: list[str] = []
+        self.must_stop = False
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Note that `step` steps are done."""
@@ -42,11 +47,29 @@ class ProgressBoard:
         """Give the mistake, or "" where there was none."""
         return self.refusal
 
+    def note(self, sentence: str) -> None:
+        """Leave a sentence for the driver's log."""
+        self.notes.append(sentence)
+
+    def take_notes(self) -> list[str]:
+        """Give the sentences left since the last call."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def stop(self) -> None:
+        """Ask the workers to leave a checkpoint and end."""
+        self.must_stop = True
+
+    def is_stopping(self) -> bool:
+        """Tell whether `stop` was called."""
+        return self.must_stop
+
 
 def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, total: int) -> Result:
     """Run `work` in a thread and show the board until it ends; return or raise what it does.
 
-    On a terminal this is a bar; elsewhere (job logs) a line every 15 seconds.
+    On a terminal this is a bar; elsewhere (job logs) a line every 15 seconds. SIGTERM, which is
+    pre-emption or `ray job stop`, is passed on to the board.
     """
     outcome: dict[str, Any] = {}
 
@@ -57,15 +80,50 @@ def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, tot
             outcome["error"] = error
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    show = _bar if sys.stderr.isatty() else _lines
-    show(thread, board, title, total)
+    with _sigterm_noted() as is_stopped:
+        thread.start()
+        show = _bar if sys.stderr.isatty() else _lines
+        show(thread, _Watch(board, is_stopped), title, total)
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
 
 
-def _bar(thread: threading.Thread, board: Any, title: str, total: int) -> None:
+@contextmanager
+def _sigterm_noted() -> Iterator[threading.Event]:
+    """Turn SIGTERM into an event. Ray installs a handler of its own, so this comes after it."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Watch:
+    """Reads the board twice a second: passes a stop on, logs notes."""
+
+    def __init__(self, board: Any, is_stopped: threading.Event) -> None:
+        self._board, self._is_stopped = board, is_stopped
+        self._is_passed_on = False
+
+    def read(self) -> tuple[int, dict[str, float]]:
+        try:
+            if self._is_stopped.is_set() and not self._is_passed_on:
+                logger.warning("asked to stop: the workers leave a checkpoint and end")
+                ray.get(self._board.stop.remote(), timeout=5)
+                self._is_passed_on = True
+            for note in ray.get(self._board.take_notes.remote(), timeout=5):
+                logger.warning("%s", note)
+            return ray.get(self._board.read.remote(), timeout=5)
+        except (RayError, TimeoutError):
+            return 0, {}  # the bar is not worth a training
+
+
+def _bar(thread: threading.Thread, watch: _Watch, title: str, total: int) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,29 +134,22 @@ def _bar(thread: threading.Thread, board: Any, title: str, total: int) -> None:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total, numbers="starting workers")
         while thread.is_alive():
-            thread.join(timeout=0.5)
-            step, values = _read(board)
+            thread.join(timeout=SECONDS_BETWEEN_LOOKS)
+            step, values = watch.read()
             if step:
                 progress.update(task, completed=step, numbers=_numbers(values))
 
 
-def _lines(thread: threading.Thread, board: Any, title: str, total: int) -> None:
+def _lines(thread: threading.Thread, watch: _Watch, title: str, total: int) -> None:
     said_at, said = time.monotonic(), 0
     while thread.is_alive():
-        thread.join(timeout=0.5)
-        step, values = _read(board)
+        thread.join(timeout=SECONDS_BETWEEN_LOOKS)
+        step, values = watch.read()
         is_last = step == total
         is_due = time.monotonic() - said_at > SECONDS_BETWEEN_LINES
         if step > said and (is_due or is_last):
             logger.info("%s: step %d of %d, %s", title, step, total, _numbers(values))
             said_at, said = time.monotonic(), step
-
-
-def _read(board: Any) -> tuple[int, dict[str, float]]:
-    try:
-        return ray.get(board.read.remote(), timeout=5)
-    except (RayError, TimeoutError):
-        return 0, {}  # the bar is not worth a training
 
 
 def _numbers(values: Mapping[str, float]) -> str:

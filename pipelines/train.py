@@ -9,54 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from albef_core.config import format_recipe
-from albef_core.errors import InputError
-from albef_core.model import ALBEF
-from albef_core.tokenizer import Tokenizer
-from albef_core.weights import (
-    apply_weights,
-    load_image_weights,
-    load_model,
-    load_text_weights,
-    save_model,
-)
+from albef_core.errors import InputError, Preempted
+from pipelines.checkpoint_store import CheckpointStore, Found
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig
-from pipelines.config_file import read_config, write_config
-from pipelines.manifest import Manifest, read_captions, read_manifest
+from pipelines.config_file import write_config
+from pipelines.manifest import read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.progress import ProgressBoard, run_with_progress
-from pipelines.tracking import RunHandle, Tracker, flatten, open_run
+from pipelines.resume import (
+    CONFIG_FILE,
+    CORPUS_FILE,
+    TRAINING_FILES,
+    adopt,
+    check_same,
+    name_run,
+    open_store,
+)
+from pipelines.start import prepare_start, use_gpu
+from pipelines.tracking import RunHandle, Tracker, open_run
 from pipelines.train_loop import TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
-
-KEPT_CHECKPOINTS = 2
-CORPUS_FILE = "corpus_id"
-"""File in a run's folder with the content id of what it trains on."""
-MAY_CHANGE = frozenset(
-    {
-        "steps",
-        "epochs",
-        "workers",
-        "device",
-        "corpus",
-        "storage",
-        "log_every",
-        "feed_cpus",
-        "worker_cpus",
-        "max_bad_share",
-        "experiment",
-        "register",
-    }
-)
-"""Fields that a run may go on with when they differ; the corpus's content may not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +57,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     """Pre-train as the config says; a second call with the same name goes on where it was.
 
     Raises:
-        InputError: corpus, tokenizer, starting weights or resources do not fit the config.
+        InputError: corpus, tokenizer, starting weights, resources or an earlier run do not fit the
+            config.
+        Preempted: the training was asked to stop, and left a checkpoint.
     """
     # Ray Train gives its workers another folder: relative names would mean nothing there.
     config = dataclasses.replace(
@@ -86,12 +68,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     manifest = read_manifest(config.corpus)
     epoch_steps = steps_per_epoch(manifest.num_images, config.batch_size)
     connect()
-    use_gpu = _use_gpu(config)
-    run_dir = config.storage / config.name
-    _refuse_another(config, run_dir, manifest.content_id)
+    on_gpu = use_gpu(config)
+    config = name_run(config)
+    run_dir, store = config.storage / config.name, open_store(config)
+    check_same(config, run_dir, manifest.content_id)
     run_dir.mkdir(parents=True, exist_ok=True)
-    asked, (config, weights_tags) = config, _prepare_start(config, manifest, run_dir / "start")
-    write_config(asked, run_dir / "config.json")
+    adopt(config, store, run_dir, manifest.content_id)
+    asked, (config, weights_tags) = config, prepare_start(config, manifest, run_dir / "start")
+    write_config(asked, run_dir / CONFIG_FILE)
     (run_dir / CORPUS_FILE).write_text(manifest.content_id)
     handle = open_run(
         config.experiment,
@@ -103,13 +87,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             "recipe": format_recipe(config.recipe),
             "seed": str(config.seed),
             "world_size": str(config.workers),
-            "device": "cuda" if use_gpu else "cpu",
+            "device": "cuda" if on_gpu else "cpu",
             **weights_tags,
         },
     )
     tracker = Tracker(handle)
     try:
-        tracker.log_artifact(run_dir / "config.json", "config.json")
+        tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(
             config=config,
             start=run_dir / "start",
@@ -119,12 +103,13 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             handle=handle,
             board=ProgressBoard.remote(),
         )
-        checkpoint = _fit(job, use_gpu=use_gpu)
-        model = _finished_model(checkpoint, run_dir / "model")
+        _fit(job, on_gpu=on_gpu)
+        model = _finished_model(_last_checkpoint(job, store), run_dir / "model")
         tags = {"corpus.id": manifest.content_id, "seed": str(config.seed)}
         stored = log_model(handle, model, register=config.register, tags=tags)
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        was_stopped = isinstance(error, KeyboardInterrupt | Preempted)
+        tracker.finish("KILLED" if was_stopped else "FAILED")
         raise
     tracker.finish()
     return PretrainResult(
@@ -137,35 +122,35 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     )
 
 
-def _fit(job: TrainJob, *, use_gpu: bool) -> Checkpoint:
-    """Run Ray Train to the end and give the last checkpoint."""
+def _fit(job: TrainJob, *, on_gpu: bool) -> None:
+    """Run Ray Train until the workers have done the last step, or have stopped."""
     config = job.config
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a report counts
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a loss is noticed
+    # How long a smaller group is waited for when some workers do not come back.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    num_workers = (config.min_workers, config.workers) if config.min_workers else config.workers
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.worker_cpus} | ({"GPU": 1} if use_gpu else {}),
+            num_workers=num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": config.worker_cpus} | ({"GPU": 1} if on_gpu else {}),
         ),
         run_config=RunConfig(
             name=config.name,
             storage_path=str(config.storage),
-            failure_config=FailureConfig(max_failures=2),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            failure_config=FailureConfig(max_failures=config.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
     )
     title = f"pre-training {config.name}"
     try:
-        result = run_with_progress(trainer.fit, job.board, title=title, total=job.num_steps)
+        run_with_progress(trainer.fit, job.board, title=title, total=job.num_steps)
     except TrainingFailedError:
         _raise_refusal(job.board)
         raise
     _raise_refusal(job.board)
-    assert result.checkpoint is not None, "every run ends with a checkpoint"
-    return result.checkpoint
 
 
 def _raise_refusal(board: Any) -> None:
@@ -173,110 +158,27 @@ def _raise_refusal(board: Any) -> None:
         raise InputError(refusal)
 
 
-def _refuse_another(config: PretrainConfig, run_dir: Path, corpus_id: str) -> None:
-    """Let a name go on only as what it was: other data or objectives would mix two runs in one."""
-    if not (run_dir / "config.json").is_file():
-        return
-    before = flatten(read_config(run_dir / "config.json", PretrainConfig))
-    now = flatten(config)
-    other = [name for name in now if now[name] != before[name] and name not in MAY_CHANGE]
-    if (run_dir / CORPUS_FILE).read_text() != corpus_id:
-        other.append("corpus")
-    if other:
+def _last_checkpoint(job: TrainJob, store: CheckpointStore) -> Found:
+    newest = store.newest_good()
+    if newest is None:
         raise InputError(
-            f"--name {config.name}: {run_dir} holds a run with other values of"
-            f" {', '.join(other)}. Give another --name, or the same flags to go on with it."
+            f"{store.location}: no checkpoint can be read any more."
+            " Copy one back, or start again under another --name."
         )
-
-
-def _use_gpu(config: PretrainConfig) -> bool:
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
-    if use_gpu and num_gpus < config.workers:
-        raise InputError(
-            f"--device {config.device} with --workers {config.workers}: the cluster has {num_gpus}"
-            " GPUs. Take fewer workers, or --device cpu."
+    step = newest.progress.step
+    if step < job.num_steps:
+        raise Preempted(
+            f"Stopped after step {step} of {job.num_steps}, as asked; {newest.url} is good."
+            f" The same command goes on from it, with --name {job.config.name}."
         )
-    num_cpus = ray.cluster_resources().get("CPU", 0)
-    if config.workers * config.worker_cpus + config.feed_cpus > num_cpus:
-        raise InputError(
-            f"--workers {config.workers} at --worker-cpus {config.worker_cpus} leave none of the"
-            f" cluster's {num_cpus:g} CPUs for decoding. Take fewer workers or lower --worker-cpus."
-        )
-    return use_gpu
+    return newest
 
 
-def _prepare_start(
-    config: PretrainConfig, manifest: Manifest, folder: Path
-) -> tuple[PretrainConfig, dict[str, str]]:
-    """Write the model that training starts from, and say which weights it really has."""
-    if (folder / "config.json").is_file():
-        logger.info("%s is there already: this run goes on", folder.parent)
-        start = load_model(folder)
-        return dataclasses.replace(config, model=start.model_config), {}
-    torch.manual_seed(config.seed)
-    if config.init:
-        start = load_model(config.init)
-        if start.report.missing:
-            raise InputError(
-                f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"
-                " fine-tuned models have none. Start from a pre-training checkpoint."
-            )
-        tokenizer = start.tokenizer
-        sizes = dataclasses.replace(
-            start.model_config, image_size=config.model.image_size, dropout=config.model.dropout
-        )
-        model = ALBEF(sizes)
-        weights = dict(start.model.named_parameters())
-        report = apply_weights(model, weights, source=config.init)
-        reports = {"weights.image": report, "weights.text": report}
-    else:
-        tokenizer = _tokenizer(config, manifest)
-        sizes = dataclasses.replace(
-            config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
-        )
-        model = ALBEF(sizes, temperature=config.objective.temperature)
-        reports = {
-            "weights.image": load_image_weights(model, config.image_weights),
-            "weights.text": load_text_weights(model, config.text_weights),
-        }
-    _check_vocabulary(sizes.vocab_size, tokenizer, config)
-    for side, report in reports.items():
-        logger.info("%s from %s", side, report)
-    config = dataclasses.replace(config, model=sizes)
-    partial = folder.with_name(folder.name + ".tmp")
-    save_model(
-        partial,
-        model,
-        model_config=config.model,
-        text_config=config.text,
-        recipe=config.recipe,
-        tokenizer=tokenizer,
-    )
-    partial.rename(folder)
-    return config, {side: str(report) for side, report in reports.items()}
-
-
-def _tokenizer(config: PretrainConfig, manifest: Manifest) -> Tokenizer:
-    if config.text.tokenizer != "corpus":
-        return Tokenizer.load(config.text.tokenizer)
-    captions = (caption for row in read_captions(manifest) for caption in row)
-    return Tokenizer.learn(captions, vocab_size=config.text.corpus_vocab_size)
-
-
-def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, config: PretrainConfig) -> None:
-    if vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"--vocab-size {vocab_size} is less than the {tokenizer.vocab_size} word pieces of"
-            f" --tokenizer {config.text.tokenizer}. Leave it out, or take a larger one."
-        )
-
-
-def _finished_model(checkpoint: Checkpoint, folder: Path) -> Path:
+def _finished_model(newest: Found, folder: Path) -> Path:
     """Copy the student out of the last checkpoint: a model folder without teacher and optimizer."""
     folder.mkdir(exist_ok=True)
-    with checkpoint.as_directory() as source:
-        for file in Path(source).iterdir():
-            if file.name not in ("teacher.safetensors", "optimizer.pt", "state.json"):
+    with newest.fetch() as source:
+        for file in source.iterdir():
+            if file.name not in TRAINING_FILES:
                 shutil.copyfile(file, folder / file.name)
     return folder

@@ -1,11 +1,11 @@
-"""What every train worker does: batches from the feed, one step each, curves, pictures."""
+"""What every train worker does: batches from the feed, one step each, curves, checkpoints."""
 
 import math
-import resource
-import tempfile
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,29 @@ from albef_core.distributed import (
     gather_rows,
     is_distributed,
     mean_over_workers,
+    own_share,
 )
 from albef_core.errors import InputError
-from albef_core.objectives.itm import sample_hard_negatives
+from albef_core.feature_queue import Queues
 from albef_core.optim import Schedule, adamw
-from albef_core.pretraining import PretrainingModel, PretrainingStep, Queues
+from albef_core.outcome import PretrainingStep
+from albef_core.pretraining import PretrainingModel
 from albef_core.teacher import Teacher, alpha_at
 from albef_core.weights import load_model
-from pipelines.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from pipelines.agreement import Agreement
+from pipelines.checkpoint import Snapshotter, TrainState, restore, write_snapshot
+from pipelines.checkpoint_files import Progress, running_versions
+from pipelines.checkpoint_writer import BackgroundWriter
 from pipelines.config import PretrainConfig
+from pipelines.config_file import config_digest
+from pipelines.curves import Curves
 from pipelines.feed import FeedBatch, FeedSpec, batches
-from pipelines.report import hard_negatives_figure, pseudo_targets_figure
+from pipelines.flight_recorder import FlightRecorder
+from pipelines.order import ORDER_VERSION, WINDOW_GROUPS
+from pipelines.resume import open_store
 from pipelines.tracking import RunHandle, Tracker
-from pipelines.train_pictures import (
-    caption_targets,
-    hard_negative_similarity,
-    hard_negatives,
-    word_targets,
-)
-
-PICTURE_ROWS = 5
-"""Pairs in the pictures of hard negatives and of pseudo-targets."""
-MIN_PAIRS_TO_JUDGE = 1000
-"""Pairs read before the share of undecodable pictures may stop a run."""
+from pipelines.train_pictures import hard_negative_similarity, log_pictures
+from pipelines.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +71,14 @@ def train_loop(settings: dict[str, TrainJob]) -> None:
     if ray.get(job.board.read_refusal.remote()):
         return
     try:
-        _train(job)
+        worker = Worker(job)
+        try:
+            worker.train()
+        finally:
+            worker.close()
     except InputError as error:
         ray.get(job.board.refuse.remote(str(error)))
         raise  # or workers that do not share the trouble would wait for this one
-
-
-def _train(job: TrainJob) -> None:
-    worker = Worker(job)
-    reported = ray.train.get_checkpoint()
-    step = 0
-    if reported is not None:
-        with reported.as_directory() as folder:
-            step = load_checkpoint(Path(folder), worker.state, config=job.config.model)
-    try:
-        for feed_batch, waited_s in _timed(worker.feed(start=step)):
-            started = time.perf_counter()
-            batch = worker.to_device(feed_batch)
-            outcome = worker.train_step(batch, step)
-            step += 1
-            is_epoch_end = step % job.steps_per_epoch == 0 or step == job.num_steps
-            worker.log(
-                outcome, feed_batch, step, started=started, waited_s=waited_s, last=is_epoch_end
-            )
-            if is_epoch_end:
-                worker.keep(outcome, feed_batch, step)
-    finally:
-        worker.close()
 
 
 class Worker:
@@ -107,17 +88,17 @@ class Worker:
         self.job, config = job, job.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.watchdog = Watchdog(config.step_timeout_s, self.give_up, rank=self.rank)
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(config.worker_cpus)))
         start = load_model(job.start, device=self.device)
         self.tokenizer = start.tokenizer
-        self.teacher = Teacher(config.model, start.model)
-        self.teacher.train(not config.recipe.quiet_teacher)
+        teacher = Teacher(config.model, start.model)
         queues = Queues(config.model, config.objective, config.recipe, seed=config.seed)
         self.state = TrainState(
             student=start.model,
-            teacher=self.teacher,
+            teacher=teacher.train(not config.recipe.quiet_teacher),
             queues=queues.to(self.device),
             optimizer=adamw(
                 start.model,
@@ -136,7 +117,49 @@ class Worker:
             steps_per_epoch=job.steps_per_epoch,
             per_step=config.recipe.per_step_schedule,
         )
-        self.curves = Curves(job, rank=self.rank, world_size=self.world_size)
+        self.agreement = Agreement()
+        self.store = open_store(config)
+        self.writer = BackgroundWriter(self.store)
+        self.snapshotter = Snapshotter(self.state) if self.rank == 0 else None
+        self.saved_at = time.monotonic()
+        self.curves = Curves(
+            tracker=Tracker(job.handle) if self.rank == 0 else None,
+            board=job.board,
+            batch_size=config.batch_size,
+            corpus=str(config.corpus),
+            max_bad_share=config.max_bad_share,
+        )
+        records = config.storage / config.name / "skipped" if self.rank == 0 else None
+        self.recorder = FlightRecorder(config.max_bad_steps, records)
+
+    def train(self) -> None:
+        """Go through the plan from where the newest checkpoint left it."""
+        job, step = self.job, self.restore()
+        for batch, waited_s in self._timed(self.feed(start=step)):
+            started = time.perf_counter()
+            longest = int((batch.token_ids != self.tokenizer.pad_id).sum(axis=1).max())
+            with self.watchdog.part("collective"):
+                agreed = self.agreement.reach(
+                    step, longest=longest, must_stop=self.is_asked_to_stop()
+                )
+            with self.watchdog.part("step"):
+                outcome = self.train_step(batch, step, longest=agreed.longest)
+            step += 1
+            self.curves.count(batch, busy_s=time.perf_counter() - started, waited_s=waited_s)
+            is_last = step == job.num_steps or agreed.must_stop
+            ends_epoch = step % job.steps_per_epoch == 0 or is_last
+            with self.watchdog.part("collective"):
+                if step % job.config.log_every == 0 or ends_epoch:
+                    self.log(outcome, step)
+                if ends_epoch:
+                    self.curves.name_bad()
+                    self.draw(batch, outcome, step)
+            if ends_epoch or self.is_checkpoint_due(step):
+                with self.watchdog.part("checkpoint"):
+                    self.save(step)
+            self.watchdog.beat(step)
+            if is_last:
+                break
 
     def feed(self, *, start: int) -> Iterator[FeedBatch]:
         """Open this worker's share of the plan, from step `start` on."""
@@ -150,6 +173,7 @@ class Worker:
             mask_share=config.objective.mask_share,
             keep_sep=config.recipe.keep_sep,
             words_only=config.recipe.words_only,
+            caption_policy=config.caption_policy,
             saturate_pixels=config.recipe.saturate_pixels,
             seed=config.seed,
             batch_size=config.batch_size,
@@ -165,10 +189,9 @@ class Worker:
             cpu_limit=max(config.feed_cpus, cpus / self.world_size),
         )
 
-    def to_device(self, batch: FeedBatch) -> PairBatch:
-        """Copy a batch to the device, cut to its longest caption, and normalize it there."""
+    def to_device(self, batch: FeedBatch, *, longest: int) -> PairBatch:
+        """Copy a batch to the device, cut to the global batch's longest caption; normalize it."""
         is_token = batch.token_ids != self.tokenizer.pad_id
-        longest = int(is_token.sum(axis=1).max())
 
         def words(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(array[:, :longest], device=self.device)
@@ -180,16 +203,16 @@ class Worker:
             masked_ids=words(batch.masked_ids).long(),
             mlm_labels=words(batch.mlm_labels).long(),
             image_ids=torch.tensor(batch.image_keys, device=self.device),
+            num_global=self.job.config.batch_size,
         )
 
-    def train_step(self, batch: PairBatch, step: int) -> PretrainingStep:
-        """Move student, teacher and queues by one batch, in the published order."""
-        config, state = self.job.config, self.state
-        torch.manual_seed(seed_of(config.seed, step, self.rank, stream=0))  # dropout
-        generator = torch.Generator(self.device)
-        generator.manual_seed(seed_of(config.seed, step, self.rank, stream=1))
-        ramp_steps = round(config.objective.alpha_ramp_epochs * self.job.steps_per_epoch)
+    def train_step(self, feed_batch: FeedBatch, step: int, *, longest: int) -> PretrainingStep:
+        """Move student, teacher and queues by one batch, in the published order.
 
+        A batch whose loss or gradient is not finite moves the teacher only, on all workers alike.
+        """
+        config, state = self.job.config, self.state
+        batch = self.to_device(feed_batch, longest=longest)
         state.student.clamp_temperature()
         state.teacher.follow(state.student, momentum=config.objective.teacher_momentum)
         with torch.autocast(
@@ -199,39 +222,77 @@ class Worker:
                 state.teacher,
                 state.queues,
                 batch,
-                alpha=alpha_at(step, alpha=config.objective.alpha, ramp_steps=ramp_steps),
+                alpha=self.alpha_of(step),
                 recipe=config.recipe,
-                draw=lambda weights: sample_hard_negatives(weights, generator),
+                seed=seed_of(config.seed, step),
+                micro_batch_size=config.micro_batch_size,
             )
         state.optimizer.zero_grad()
         outcome.loss.backward()
-        if config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(state.student.parameters(), config.optim.clip_norm)
+        norm = nn.utils.clip_grad_norm_(
+            state.student.parameters(), config.optim.clip_norm or math.inf
+        )
         for group in state.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(step)
-        state.optimizer.step()
-        state.queues.push(
-            gather_rows(outcome.teacher_image_features),
-            gather_rows(outcome.teacher_text_features),
-            gather_rows(batch.image_ids),
-        )
+        if self.is_usable(feed_batch, step, loss=mean_over_workers(outcome.loss), norm=norm):
+            state.optimizer.step()
+            state.queues.push(
+                gather_rows(outcome.teacher_image_features, num_pairs=batch.total),
+                gather_rows(outcome.teacher_text_features, num_pairs=batch.total),
+                gather_rows(batch.image_ids, num_pairs=batch.total),
+            )
         return outcome
 
-    def log(
-        self,
-        outcome: PretrainingStep,
-        batch: FeedBatch,
-        step: int,
-        *,
-        started: float,
-        waited_s: float,
-        last: bool,
-    ) -> None:
-        """Count the batch; every `log_every` steps average over workers and write the curves."""
-        self.curves.count(batch, busy_s=time.perf_counter() - started, waited_s=waited_s)
-        if step % self.job.config.log_every and not last:
-            return
-        config, temperature = self.job.config, self.state.student.temperature
+    def is_usable(
+        self, batch: FeedBatch, step: int, *, loss: torch.Tensor, norm: torch.Tensor
+    ) -> bool:
+        """Tell whether a step may move anything; keep a record of the batch when it may not.
+
+        Loss and gradient are those of the global batch: every worker answers the same.
+
+        Raises:
+            InputError: more than `max_bad_steps` in a row.
+        """
+        is_finite = bool(torch.isfinite(loss + norm))
+        ids, captions = [], []
+        if not is_finite:
+            shares = gather_objects((batch.image_ids, batch.captions))
+            ids = [image_id for share, _ in shares for image_id in share]
+            captions = [caption for _, share in shares for caption in share]
+        self.recorder.note(
+            step,
+            is_finite,
+            loss=loss.item(),
+            grad_norm=norm.item(),
+            image_ids=ids,
+            captions=captions,
+        )
+        if not is_finite and self.curves.tracker:
+            self.curves.tracker.log_dict(self.recorder.artifact(), "skipped_batches.json")
+            self.job.board.note.remote(
+                f"step {step}: loss {loss:.3g}, gradient {norm:.3g}: the batch is skipped, its"
+                " pairs are in skipped_batches.json"
+            )
+        if self.recorder.is_hopeless:
+            self.writer.wait()
+            newest = self.store.newest_good()
+            raise InputError(
+                f"step {step}: loss or gradient of {self.recorder.in_a_row} batches in a row is not"
+                " finite; their pairs are in skipped_batches.json. The newest good checkpoint is"
+                f" {newest.url if newest else 'none'}. Lower --lr, set --clip-norm 1, or take"
+                " --precision fp32."
+            )
+        return is_finite
+
+    def alpha_of(self, step: int) -> float:
+        """Give the weight of the teacher's soft targets at a step."""
+        objective = self.job.config.objective
+        ramp_steps = round(objective.alpha_ramp_epochs * self.job.steps_per_epoch)
+        return alpha_at(step, alpha=objective.alpha, ramp_steps=ramp_steps)
+
+    def log(self, outcome: PretrainingStep, step: int) -> None:
+        """Average over workers and write one point of every curve (a collective)."""
+        temperature = self.state.student.temperature
         right = (outcome.itm.logits.argmax(dim=1) == outcome.itm.labels)[outcome.itm.counts]
         values = {
             "train/loss/total": outcome.loss,
@@ -243,140 +304,110 @@ class Worker:
             "train/temperature": temperature,
             "train/queue_fill": self.state.queues.image.fill_share(),
         }
-        ramp_steps = round(config.objective.alpha_ramp_epochs * self.job.steps_per_epoch)
-        self.curves.write(
-            values,
-            {
-                "train/alpha": alpha_at(
-                    step - 1, alpha=config.objective.alpha, ramp_steps=ramp_steps
-                ),
-                "train/lr": self.schedule.lr_at(step - 1),
-            },
-            step,
-            device=self.device,
-        )
+        known = {"train/alpha": self.alpha_of(step - 1), "train/lr": self.schedule.lr_at(step - 1)}
+        self.curves.write(values, known, step, device=self.device)
 
-    def keep(self, outcome: PretrainingStep, batch: FeedBatch, step: int) -> None:
-        """Write a checkpoint and the pictures of what is learned; all workers call it."""
-        self.curves.name_bad()
-        if self.rank == 0:
-            tracker = self.curves.tracker
-            negatives = hard_negatives(batch, outcome, count=PICTURE_ROWS)
-            tracker.log_figure(
-                hard_negatives_figure(negatives), f"pictures/hard-negatives-{step:08d}.png"
-            )
-            words = word_targets(batch, outcome, self.tokenizer, count=PICTURE_ROWS)
-            captions = caption_targets(batch, outcome, count=PICTURE_ROWS)
-            tracker.log_figure(
-                pseudo_targets_figure(words, captions), f"pictures/pseudo-targets-{step:08d}.png"
-            )
-        with tempfile.TemporaryDirectory(prefix="albef-checkpoint-") as scratch:
-            checkpoint = None
-            if self.rank == 0:
-                save_checkpoint(
-                    Path(scratch),
-                    self.state,
-                    config=self.job.config,
-                    tokenizer=self.tokenizer,
-                    step=step,
-                    corpus_id=self.job.corpus_id,
-                )
-                checkpoint = ray.train.Checkpoint.from_directory(scratch)
-            ray.train.report(
-                {"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"checkpoint-{step:08d}"
-            )
+    def draw(self, batch: FeedBatch, outcome: PretrainingStep, step: int) -> None:
+        """Log the pictures of what is learned (a collective)."""
+        config = self.job.config
+        own = own_share(config.batch_size)
+        places = own if config.recipe.global_keys else range(len(own))
+        tracker = self.curves.tracker
+        log_pictures(tracker, batch, outcome, self.tokenizer, places=places, step=step)
 
-    def close(self) -> None:
-        """Send the last curves."""
-        self.curves.close()
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Tell whether steps or minutes ask for a checkpoint now; never while one is written."""
+        config = self.job.config
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            return True
+        since_s = time.monotonic() - self.saved_at
+        is_late = 0 < config.checkpoint_minutes * 60 < since_s
+        return is_late and not self.writer.is_busy
 
-
-class Curves:
-    """Counts on every worker; what rank 0 sends to MLflow and to the driver's progress bar."""
-
-    def __init__(self, job: TrainJob, *, rank: int, world_size: int) -> None:
-        self.job, self.rank, self.world_size = job, rank, world_size
-        self.bad_ids: list[str] = []
-        self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0
-        self.all_pairs = 0
-        if rank == 0:
-            self.tracker = Tracker(job.handle)
-
-    def count(self, batch: FeedBatch, *, busy_s: float, waited_s: float) -> None:
-        """Add one batch."""
-        self.bad_ids += batch.bad_ids
-        self.num_pairs += len(batch.captions)
-        self.all_pairs += len(batch.captions)
-        self.busy_s, self.waited_s = self.busy_s + busy_s, self.waited_s + waited_s
-
-    def write(
-        self,
-        averaged: dict[str, torch.Tensor],
-        known: dict[str, float],
-        step: int,
-        *,
-        device: torch.device,
-    ) -> None:
-        """Average over workers (a collective), then let rank 0 write; stop on too much bad data."""
-        elapsed = max(self.busy_s + self.waited_s, 1e-9)
-        local = torch.stack([value.detach().float().to(device) for value in averaged.values()])
-        share = torch.tensor([self.waited_s / elapsed, float(len(self.bad_ids))], device=device)
-        means = mean_over_workers(torch.cat([local, share])).tolist()
-        *values, wait_share, bad_per_worker = means
-        if not math.isfinite(values[0]):
-            raise InputError(
-                f"step {step}: the loss is {values[0]}. Lower --lr, set --clip-norm 1, or keep"
-                " `guard_empty` in --recipe; the checkpoint before it is good."
-            )
-        num_bad, num_read = bad_per_worker * self.world_size, self.all_pairs * self.world_size
-        if self.rank == 0:
-            curves = dict(zip(averaged, values, strict=True)) | known
-            curves |= {
-                "pairs_seen": float(step * self.job.config.batch_size),
-                "train/pairs_per_s": self.num_pairs * self.world_size / elapsed,
-                "feed/wait_share": wait_share,
-                "feed/bad_images": num_bad,
-                "train/memory_gb": _memory_gb(device),
-            }
-            self.tracker.log(curves, step)
-            shown = ("train/loss/itc", "train/loss/itm", "train/loss/mlm", "train/pairs_per_s")
-            self.job.board.write.remote(step, {name: curves[name] for name in shown})
-        self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0
-        limit = self.job.config.max_bad_share
-        if num_read >= MIN_PAIRS_TO_JUDGE and num_bad > limit * num_read:
-            raise InputError(
-                f"{self.job.config.corpus}: {num_bad:.0f} of {num_read} pictures did not decode,"
-                f" more than --max-bad-share {limit}. Build it again with jobs/ingest.py."
-            )
-
-    def name_bad(self) -> None:
-        """Keep the names of all pictures that did not decode on any worker (a collective)."""
-        ids = sorted({image_id for ids in gather_objects(self.bad_ids) for image_id in ids})
-        if self.rank == 0 and ids:
-            self.tracker.log_dict({"did_not_decode": ids}, "bad_images.json")
-
-    def close(self) -> None:
-        """Send what is left."""
-        if self.rank == 0:
-            self.tracker.close()
-
-
-def seed_of(*key: int, stream: int) -> int:
-    """Derive the seed of one random choice from what it may depend on, and nothing else."""
-    state = np.random.SeedSequence([*key, stream]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
-
-
-def _timed(feed: Iterator[FeedBatch]) -> Iterator[tuple[FeedBatch, float]]:
-    while True:
-        started = time.perf_counter()
-        batch = next(feed, None)
-        if batch is None:
+    def save(self, step: int) -> None:
+        """Copy the training off the device on rank 0; a thread writes it while training goes on."""
+        self.saved_at = time.monotonic()
+        if self.snapshotter is None or self.curves.tracker is None:
             return
-        yield batch, time.perf_counter() - started
+        self.writer.wait()
+        snapshot = self.snapshotter.take()
+        config = self.job.config
+        progress = Progress(
+            step=step,
+            pairs_seen=step * config.batch_size,
+            epoch=step // self.job.steps_per_epoch,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            corpus_id=self.job.corpus_id,
+            plan=self.plan(),
+            config_digest=config_digest(config),
+            world_size=self.world_size,
+            metrics=self.curves.means_since_checkpoint(),
+            unsent=self.curves.tracker.unsent(),
+            versions=running_versions(),
+        )
+        fill = partial(write_snapshot, snapshot, config=config, tokenizer=self.tokenizer)
+        self.writer.save(progress, fill)
+
+    def restore(self) -> int:
+        """Put everything where the newest good checkpoint left it; return the steps done.
+
+        Rank 0 looks for it, and all load the same one.
+
+        Raises:
+            InputError: the checkpoint is of another order of the data.
+        """
+        (found, *_) = gather_objects(self.store.newest_good() if self.rank == 0 else None)
+        if found is None:
+            return 0
+        if found.progress.plan != self.plan() and not self.job.config.force:
+            raise InputError(
+                f"{found.url}: made with another order of the data ({found.progress.plan} instead"
+                f" of {self.plan()}). Give another --name, or --force."
+            )
+        with found.fetch() as folder:
+            restore(folder, self.state)
+        if self.curves.tracker:
+            self.curves.tracker.log_again(found.progress.unsent)
+        return found.progress.step
+
+    def plan(self) -> dict[str, Any]:
+        """Say what fixes the order of the data, beside the corpus."""
+        return {
+            "version": ORDER_VERSION,
+            "seed": self.job.config.seed,
+            "batch_size": self.job.config.batch_size,
+            "window_groups": WINDOW_GROUPS,
+            "steps_per_epoch": self.job.steps_per_epoch,
+        }
+
+    def is_asked_to_stop(self) -> bool:
+        """Tell whether the driver wants an end; rank 0 asks for all."""
+        return self.rank == 0 and ray.get(self.job.board.is_stopping.remote())
+
+    def give_up(self, sentence: str) -> None:
+        """End this process, stuck as it is, so that Ray Train starts the workers again."""
+        ray.get(self.job.board.note.remote(sentence), timeout=10)
+        os._exit(1)
+
+    def close(self) -> None:
+        """Send the last curves, and wait for the last checkpoint."""
+        self.watchdog.close()
+        self.curves.close()
+        if self.rank == 0:
+            self.writer.close()
+
+    def _timed(self, feed: Iterator[FeedBatch]) -> Iterator[tuple[FeedBatch, float]]:
+        while True:
+            started = time.perf_counter()
+            with self.watchdog.part("data"):
+                batch = next(feed, None)
+            if batch is None:
+                return
+            yield batch, time.perf_counter() - started
 
 
-def _memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def seed_of(seed: int, step: int) -> int:
+    """Derive the seed of a step's random choices from what it may depend on, and nothing else."""
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return int(state[0])

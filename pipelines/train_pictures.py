@@ -1,36 +1,93 @@
 """From the tensors of a step to the rows of the pictures that a training keeps."""
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from albef_core.distributed import gather_objects
 from albef_core.masking import NOT_SCORED
-from albef_core.pretraining import PretrainingStep
+from albef_core.outcome import PretrainingStep
 from albef_core.tokenizer import Tokenizer
 from pipelines.feed import FeedBatch
-from pipelines.report import CaptionTarget, HardNegative, WordTarget
+from pipelines.report import (
+    CaptionTarget,
+    HardNegative,
+    WordTarget,
+    hard_negatives_figure,
+    pseudo_targets_figure,
+)
+from pipelines.tracking import Tracker
 
+PICTURE_ROWS = 5
+"""Pairs in the pictures of hard negatives and of pseudo-targets."""
 NUM_SHOWN = 5
 """Words and captions shown for a target, as in Fig. 2 of the paper."""
 
 
-def hard_negatives(batch: FeedBatch, step: PretrainingStep, *, count: int) -> list[HardNegative]:
-    """Show the pairs whose drawn negatives fooled ITM the most."""
-    num_pairs = len(batch.captions)
-    match = step.itm.logits.detach().softmax(dim=1)[:, 1].cpu().view(3, num_pairs)
-    images, texts = step.itm.negatives.images.tolist(), step.itm.negatives.texts.tolist()
-    hardest = (match[1] + match[2]).argsort(descending=True)[:count].tolist()
-    return [
+def log_pictures(
+    tracker: Tracker | None,
+    batch: FeedBatch,
+    outcome: PretrainingStep,
+    tokenizer: Tokenizer,
+    *,
+    places: range,
+    step: int,
+) -> None:
+    """Draw what is learned: hard negatives, and the teacher's pseudo-targets (a collective).
+
+    The worker with the tracker shows pairs of its share, whose columns in the similarities are
+    `places`.
+    """
+    shown = hardest_pairs(outcome, count=PICTURE_ROWS) if tracker else []
+    images, texts = outcome.itm.negatives.images.tolist(), outcome.itm.negatives.texts.tolist()
+    wanted = {column for row in shown for column in (images[row], texts[row])}
+    pairs = pairs_at(wanted, batch, places=places)
+    if tracker is None:
+        return
+    match = outcome.itm.logits.detach().softmax(dim=1)[:, 1].cpu().view(3, len(places))
+    negatives = [
         HardNegative(
             image=batch.images[row],
             caption=batch.captions[row],
             match=float(match[0, row]),
-            negative_caption=batch.captions[texts[row]],
+            negative_caption=pairs[texts[row]][1],
             negative_caption_match=float(match[2, row]),
-            negative_image=batch.images[images[row]],
+            negative_image=pairs[images[row]][0],
             negative_image_match=float(match[1, row]),
         )
-        for row in hardest
+        for row in shown
     ]
+    tracker.log_figure(hard_negatives_figure(negatives), f"pictures/hard-negatives-{step:08d}.png")
+    words = word_targets(batch, outcome, tokenizer, count=PICTURE_ROWS)
+    captions = caption_targets(batch, outcome, count=PICTURE_ROWS)
+    figure = pseudo_targets_figure(words, captions)
+    tracker.log_figure(figure, f"pictures/pseudo-targets-{step:08d}.png")
+
+
+def hardest_pairs(step: PretrainingStep, *, count: int) -> list[int]:
+    """Name the rows whose drawn negatives fooled ITM the most."""
+    match = step.itm.logits.detach().softmax(dim=1)[:, 1].cpu().view(3, -1)
+    return (match[1] + match[2]).argsort(descending=True)[:count].tolist()
+
+
+def pairs_at(
+    wanted: Collection[int], batch: FeedBatch, *, places: range
+) -> dict[int, tuple[NDArray[np.uint8], str]]:
+    """Fetch picture and caption of some places in the global batch (a collective).
+
+    Only these travel. Where workers compare with their own pairs alone, `places` starts at 0 on
+    each of them, and the nearest worker's answer, its own, is taken.
+    """
+    asked = {place for places_wanted in gather_objects(wanted) for place in places_wanted}
+    own = {
+        place: (batch.images[place - places.start], batch.captions[place - places.start])
+        for place in asked
+        if place in places
+    }
+    found = {place: pair for told in gather_objects(own) for place, pair in told.items()}
+    return found | own
 
 
 def word_targets(

@@ -1,6 +1,5 @@
 """Real processes tell each other their rows; one process alone keeps its own."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from albef_core.distributed import (
     is_distributed,
     mean_over_workers,
     own_share,
-    share_of,
 )
+from albef_core.shares import share_of
 
 NUM_WORKERS, NUM_PAIRS = 3, 7
 WANTED = [6, 0, 0, 3, 2, 6, 1]
@@ -30,20 +29,6 @@ def all_rows() -> dict[str, torch.Tensor]:
         "image ids": torch.arange(7) + 10,
         "mask": torch.arange(7) % 3 == 0,
         "transposed": torch.arange(14.0).reshape(2, 7).T,
-    }
-
-
-@pytest.mark.parametrize(("num_pairs", "world_size"), [(7, 3), (64, 4), (5, 5), (512, 7)])
-def test_shares_follow_each_other_and_differ_by_one_at_most(
-    num_pairs: int, world_size: int
-) -> None:
-    shares = [share_of(rank, world_size, num_pairs) for rank in range(world_size)]
-    assert shares[0].start == 0
-    assert shares[-1].stop == num_pairs
-    assert all(left.stop == right.start for left, right in pairwise(shares))
-    assert {len(share) for share in shares} <= {
-        num_pairs // world_size,
-        -(-num_pairs // world_size),
     }
 
 

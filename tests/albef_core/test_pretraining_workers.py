@@ -82,8 +82,9 @@ def train(num_steps: int, *, micro_batch_size: int | None) -> dict[str, Any]:
         optimizer.zero_grad()
         outcome.loss.backward()
         if step == 0:
-            named = student.named_parameters()
-            found["gradients"] = {name: parameter.grad.clone() for name, parameter in named}
+            gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+            found["gradients"] = {n: g.clone() for n, g in gradients.items() if g is not None}
+            assert found["gradients"].keys() == gradients.keys()
             found["negatives"] = gather_rows(outcome.itm.negatives.images, num_pairs=BATCH)
         optimizer.step()
         parts = [outcome.itc.loss, outcome.itm.loss, outcome.mlm.losses.total]

@@ -1,0 +1,120 @@
+"""What a training starts from: the device, the tokenizer, the first weights."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import ray
+import torch
+
+from albef_core.errors import InputError
+from albef_core.model import ALBEF
+from albef_core.tokenizer import Tokenizer
+from albef_core.weights import (
+    apply_weights,
+    load_image_weights,
+    load_model,
+    load_text_weights,
+    save_model,
+)
+from pipelines.config import PretrainConfig
+from pipelines.manifest import Manifest, read_captions
+
+logger = logging.getLogger(__name__)
+
+
+def use_gpu(config: PretrainConfig) -> bool:
+    """Tell whether a training runs on GPUs.
+
+    Raises:
+        InputError: the cluster has too few GPUs or CPUs for its workers.
+    """
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    wants_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    if wants_gpu and num_gpus < config.workers:
+        raise InputError(
+            f"--device {config.device} with --workers {config.workers}: the cluster has {num_gpus}"
+            " GPUs. Take fewer workers, or --device cpu."
+        )
+    num_cpus = ray.cluster_resources().get("CPU", 0)
+    if config.workers * config.worker_cpus + config.feed_cpus > num_cpus:
+        raise InputError(
+            f"--workers {config.workers} at --worker-cpus {config.worker_cpus} leave none of the"
+            f" cluster's {num_cpus:g} CPUs for decoding. Take fewer workers or lower --worker-cpus."
+        )
+    return wants_gpu
+
+
+def prepare_start(
+    config: PretrainConfig, manifest: Manifest, folder: Path
+) -> tuple[PretrainConfig, dict[str, str]]:
+    """Write the model that training starts from; say which weights it really has.
+
+    Where `folder` holds one already, it is taken as it is: the run goes on.
+
+    Returns:
+        The config with the sizes that the model has, and the tags of the run.
+
+    Raises:
+        InputError: tokenizer or weights are absent, or do not fit the config.
+    """
+    if (folder / "config.json").is_file():
+        logger.info("%s is there already: this run goes on", folder.parent)
+        start = load_model(folder)
+        return dataclasses.replace(config, model=start.model_config), {}
+    torch.manual_seed(config.seed)
+    if config.init:
+        start = load_model(config.init)
+        if start.report.missing:
+            raise InputError(
+                f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"
+                " fine-tuned models have none. Start from a pre-training checkpoint."
+            )
+        tokenizer = start.tokenizer
+        sizes = dataclasses.replace(
+            start.model_config, image_size=config.model.image_size, dropout=config.model.dropout
+        )
+        model = ALBEF(sizes)
+        weights = dict(start.model.named_parameters())
+        report = apply_weights(model, weights, source=config.init)
+        reports = {"weights.image": report, "weights.text": report}
+    else:
+        tokenizer = _tokenizer(config, manifest)
+        sizes = dataclasses.replace(
+            config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
+        )
+        model = ALBEF(sizes, temperature=config.objective.temperature)
+        reports = {
+            "weights.image": load_image_weights(model, config.image_weights),
+            "weights.text": load_text_weights(model, config.text_weights),
+        }
+    _check_vocabulary(sizes.vocab_size, tokenizer, config)
+    for side, report in reports.items():
+        logger.info("%s from %s", side, report)
+    config = dataclasses.replace(config, model=sizes)
+    partial = folder.with_name(folder.name + ".tmp")
+    save_model(
+        partial,
+        model,
+        model_config=config.model,
+        text_config=config.text,
+        recipe=config.recipe,
+        tokenizer=tokenizer,
+    )
+    partial.rename(folder)
+    return config, {side: str(report) for side, report in reports.items()}
+
+
+def _tokenizer(config: PretrainConfig, manifest: Manifest) -> Tokenizer:
+    if config.text.tokenizer != "corpus":
+        return Tokenizer.load(config.text.tokenizer)
+    captions = (caption for row in read_captions(manifest) for caption in row)
+    return Tokenizer.learn(captions, vocab_size=config.text.corpus_vocab_size)
+
+
+def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, config: PretrainConfig) -> None:
+    if vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"--vocab-size {vocab_size} is less than the {tokenizer.vocab_size} word pieces of"
+            f" --tokenizer {config.text.tokenizer}. Leave it out, or take a larger one."
+        )
