@@ -30,7 +30,9 @@ def leaves(config_class: type) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("config_class", [IngestConfig, PretrainConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "config_class", [IngestConfig, PretrainConfig, EvaluateConfig, QuickstartConfig]
+)
 def test_flat_flags_have_one_owner_each(config_class: type) -> None:
     names = leaves(config_class)
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from albef_core.config import ModelConfig, OptimConfig, paper_2021
 from albef_core.errors import InputError
-from pipelines.config import AugmentConfig, EvaluateConfig, IngestConfig, PretrainConfig
+from pipelines.config import (
+    AugmentConfig,
+    EvaluateConfig,
+    IngestConfig,
+    PretrainConfig,
+    QuickstartConfig,
+)
 from pipelines.config_file import config_digest, read_config, write_config
 from pipelines.presets import PRETRAIN, tiny
 
@@ -33,9 +39,10 @@ def test_every_preset_comes_back_from_its_file(
     [
         IngestConfig(source="shapes", out=Path("a/b"), images=Path("pictures.tar")),
         EvaluateConfig(model="models:/albef-pretrain/1", corpus=Path("c"), json=None),
+        QuickstartConfig(out=Path("q"), steps=9),
         dataclasses.replace(tiny(), recipe=paper_2021(), steps=7, epochs=None),
     ],
-    ids=["ingest", "evaluate", "pretrain with the 2021 recipe"],
+    ids=["ingest", "evaluate", "quickstart", "pretrain with the 2021 recipe"],
 )
 def test_every_job_s_config_comes_back_from_its_file(config: object, tmp_path: Path) -> None:
     write_config(config, tmp_path / "config.json")
@@ -80,6 +87,10 @@ def test_keys_that_the_file_leaves_out_keep_their_defaults(tmp_path: Path) -> No
         ({"batch_size": True}, "batch_size: expected int, found true."),
         ({"model": {"image_size": 64.5}}, "model.image_size: expected int, found 64.5."),
         ({"augment": {"flip": "no"}}, 'augment.flip: expected bool, found "no".'),
+        (
+            {"recipe": {"negatives": "near"}},
+            "recipe.negatives: expected one of 'global', 'local'.",
+        ),
         ({"device": "tpu"}, "device: expected one of 'auto', 'cpu', 'cuda'."),
         ({"model": 3}, "model: expected an object, found 3."),
         ({"objective": {"alpha": 2}}, "objective: --alpha lies between 0 and 1, got 2.0."),
@@ -169,7 +180,9 @@ def attributes_read() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("config_class", [IngestConfig, PretrainConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    "config_class", [IngestConfig, PretrainConfig, EvaluateConfig, QuickstartConfig]
+)
 def test_every_field_of_a_config_is_read_somewhere(config_class: type) -> None:
     read = attributes_read()
 
