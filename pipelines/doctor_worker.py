@@ -1,0 +1,164 @@
+"""The doctor's trial worker: with the resources of a train worker it feeds, steps and fills memory.
+
+It is a Ray actor where a train worker would be, so that what it measures is what a training gets.
+"""
+
+import gc
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from albef_core.batch import PairBatch, normalize
+from pipelines.config import PretrainConfig
+from pipelines.doctor_bench import Bench, Numbers
+from pipelines.doctor_memory import Room
+from pipelines.feed import FeedBatch, FeedSpec, batches
+
+FEED_STEPS = 400
+"""Steps that the trial feed is planned for; planning costs a millisecond each."""
+COMFORT = 1.2
+"""A feed that is faster than the step by less than this will sometimes be waited for."""
+STEP_SECONDS = 8.0
+"""A single trial step is cut to as many pairs as take no longer than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedRate:
+    """What the feed gives one worker."""
+
+    pairs_per_s: float
+    first_s: float
+    """Seconds until the first batch."""
+    cpus: float
+    """Logical CPUs that the worker's decoding tasks may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRate:
+    """What one worker's device takes."""
+
+    pairs_per_s: float
+    num_pairs: int
+    """Pairs in a step; fewer than asked for where the device is slow or small."""
+    device: str
+
+
+class TrialWorker:
+    """One worker of a training that never starts."""
+
+    def __init__(self, config: PretrainConfig, start: Path, *, use_gpu: bool) -> None:
+        self.config, self.start = config, start
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        if not use_gpu:
+            torch.set_num_threads(max(1, round(config.worker_cpus)))
+        self.share = math.ceil(config.batch_size / config.workers)
+        self.bearable = min(self.share, 8)
+        """Pairs that a step may have here, in memory and time; `room` finds out."""
+        self._bench: Bench | None = None
+        self._first: FeedBatch | None = None
+
+    @property
+    def bench(self) -> Bench:
+        """Build the model at its first use: a check that fails there does not fail the others."""
+        if self._bench is None:
+            self._bench = Bench(self.config, self.start, self.device)
+        return self._bench
+
+    def room(self, limit_s: float, workers_here: int) -> Room | None:
+        """Find the largest batch, and from then on take no larger one."""
+        config, bench = self.config, self.bench
+        at_once = min(self.share, config.micro_batch_size or self.share)
+        room = bench.room(at_once, limit_s=limit_s, num_workers=workers_here)
+        if room is None:
+            return None
+        fits = self.share if at_once < self.share else min(self.share, max(1, room.largest))
+        quick = int(STEP_SECONDS / max(room.seconds_per_pair, 1e-6))
+        self.bearable = max(1, min(fits, quick))
+        return room
+
+    def numbers(self) -> Numbers:
+        """Look at losses and gradients of the run's first batch, or of its first pairs."""
+        return self.bench.numbers(self._real_batch())
+
+    def step_rate(self, limit_s: float) -> StepRate:
+        """Time steps of real pairs."""
+        batch = self._real_batch()
+        rate = self.bench.pairs_per_s(batch, limit_s=limit_s)
+        device = f"CPU, threads: {torch.get_num_threads()}"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name()
+        return StepRate(pairs_per_s=rate, num_pairs=len(batch), device=device)
+
+    def feed_rate(self, limit_s: float) -> FeedRate:
+        """Take batches of the real feed for some seconds after the arrival of the first one."""
+        config = self.config
+        cpus = ray.cluster_resources().get("CPU", 1) - config.workers * config.worker_cpus
+        cpu_limit = max(config.feed_cpus, cpus / config.workers)
+        started = time.perf_counter()
+        feed = batches(
+            self._spec(),
+            start_step=0,
+            stop_step=FEED_STEPS,
+            rank=config.workers - 1,
+            world_size=config.workers,
+            task_cpus=config.feed_cpus,
+            cpu_limit=cpu_limit,
+        )
+        self._first = next(feed)
+        begin = time.perf_counter()
+        arrivals = [(0.0, 0)]
+        for batch in feed:
+            arrivals.append((time.perf_counter() - begin, arrivals[-1][1] + len(batch.captions)))
+            if arrivals[-1][0] > limit_s:
+                break
+        del feed
+        gc.collect()  # ends the tasks of the data set, which would slow what is measured next
+        # The processes of the tasks start one after the other: only the second half counts.
+        early = next(one for one in arrivals if one[0] >= arrivals[-1][0] / 2)
+        ahead = early if early != arrivals[-1] else arrivals[0]
+        seconds, num_pairs = arrivals[-1][0] - ahead[0], arrivals[-1][1] - ahead[1]
+        return FeedRate(pairs_per_s=num_pairs / seconds, first_s=begin - started, cpus=cpu_limit)
+
+    def _real_batch(self) -> PairBatch:
+        if self._first is None:
+            self.feed_rate(0.0)
+        assert self._first is not None
+        return self._to_device(self._first, self.bearable)
+
+    def _spec(self) -> FeedSpec:
+        config = self.config
+        return FeedSpec(
+            corpus=config.corpus,
+            tokenizer=str(self.start),
+            text=config.text,
+            augment=config.augment,
+            image_size=config.model.image_size,
+            mask_share=config.objective.mask_share,
+            keep_sep=config.recipe.keep_sep,
+            words_only=config.recipe.words_only,
+            caption_policy=config.caption_policy,
+            saturate_pixels=config.recipe.saturate_pixels,
+            seed=config.seed,
+            batch_size=config.batch_size,
+        )
+
+    def _to_device(self, batch: FeedBatch, num_pairs: int) -> PairBatch:
+        is_token = batch.token_ids[:num_pairs] != self.bench.pad_id
+        longest = int(is_token.sum(axis=1).max())
+
+        def words(array: np.ndarray) -> torch.Tensor:
+            return torch.tensor(array[:num_pairs, :longest], device=self.device)
+
+        return PairBatch(
+            images=normalize(torch.tensor(batch.images[:num_pairs]).to(self.device)),
+            token_ids=words(batch.token_ids).long(),
+            attention_mask=words(is_token),
+            masked_ids=words(batch.masked_ids).long(),
+            mlm_labels=words(batch.mlm_labels).long(),
+            image_ids=torch.tensor(batch.image_keys[:num_pairs], device=self.device),
+        )
