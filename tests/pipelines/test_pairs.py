@@ -1,5 +1,6 @@
 """What a pair is: a pure function of (seed, epoch, image), and what happens to damaged pictures."""
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,9 @@ import pytest
 from albef_core.captions import clean_caption
 from albef_core.errors import InputError
 from albef_core.tokenizer import Tokenizer
-from pipelines.order import epoch_order
+from pipelines.order import Stream, epoch_order, generator
 from pipelines.pairs import image_key, open_corpus, prepare_block
+from tests.conftest import picture_row, write_corpus
 
 COLUMNS = ("images", "token_ids", "masked_ids", "mlm_labels", "image_keys", "image_ids", "captions")
 
@@ -74,6 +76,64 @@ def test_captions_are_the_images_own_and_both_get_chosen(spec):
     ]
     # 203 fair coins: four deviations.
     assert 73 < sum(chosen) < 130
+
+
+@pytest.fixture
+def many_captions(spec, tmp_path):
+    """A feed of 40 images with one to five captions each, in batches that hold them all."""
+    rows = [picture_row(number) for number in range(40)]
+    for number, row in enumerate(rows):
+        row["captions"] = [f"caption {turn} of {number}" for turn in range(1 + number % 5)]
+    write_corpus(tmp_path / "corpus", rows, rows_per_shard=23, rows_per_group=7)
+    return replace(spec, corpus=tmp_path / "corpus", batch_size=40, caption_policy="all")
+
+
+def captions_of(spec, *, step):
+    block = prepare_block(spec, step=step, start=0, stop=spec.batch_size)
+    return dict(zip(block["image_ids"], block["captions"], strict=True))
+
+
+def test_all_captions_come_exactly_once_in_as_many_epochs(many_captions):
+    epochs = [captions_of(many_captions, step=epoch) for epoch in range(11)]
+    firsts = []
+    for number in range(40):
+        told = [captions[f"picture-{number:03d}"] for captions in epochs]
+        count = 1 + number % 5
+        expected = sorted(f"caption {turn} of {number}" for turn in range(count))
+        for start in range(11 - count):
+            assert sorted(told[start : start + count]) == expected
+        firsts.append(int(told[0].split()[1]))
+    # The turns differ between images, so an epoch is no epoch of first captions.
+    assert len({firsts[number] for number in range(4, 40, 5)}) > 2
+    assert captions_of(replace(many_captions, seed=6), step=0) != epochs[0]
+
+
+def test_a_caption_s_turn_depends_on_neither_batch_nor_worker_nor_call(many_captions):
+    whole = [captions_of(many_captions, step=epoch) for epoch in range(3)]
+    small = replace(many_captions, batch_size=8)
+    for step in reversed(range(15)):  # three epochs of five batches, the last one first
+        for start, stop in ((5, 8), (0, 5)):
+            block = prepare_block(small, step=step, start=start, stop=stop)
+            for image_id, caption in zip(block["image_ids"], block["captions"], strict=True):
+                assert caption == whole[step // 5][image_id]
+
+
+def test_random_captions_are_drawn_first_from_the_generator_of_the_pair(many_captions):
+    random = replace(many_captions, caption_policy="random")
+    for epoch in range(4):
+        for image_id, caption in captions_of(random, step=epoch).items():
+            number = int(image_id[-3:])
+            rng = generator(Stream.PAIR, seed=5, epoch=epoch, item=image_key(image_id))
+            assert caption == f"caption {rng.integers(1 + number % 5)} of {number}"
+
+
+def test_random_captions_never_change_between_releases(spec):
+    blocks = [prepare_block(spec, step=step, start=0, stop=32) for step in (0, 3, 8)]
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update("".join(block["captions"]).encode() + block["masked_ids"].tobytes())
+    # This program's own, before a second policy was there to choose.
+    assert digest.hexdigest()[:16] == "964e757e000232bf"
 
 
 def test_tokens_are_the_cleaned_caption_and_only_masked_words_are_scored(spec):
