@@ -4,17 +4,19 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albef_core.errors import InputError
 from pipelines.order import Stream, epoch_order, epoch_slice, generator, steps_per_epoch
 
+UNHURRIED = settings(deadline=None)  # other processes share the cores
 GROUPS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 SEEDS = st.integers(0, 2**63)
 EPOCHS = st.integers(0, 10_000)
 
 
+@UNHURRIED
 @given(GROUPS, SEEDS, EPOCHS, st.integers(1, 12))
 def test_every_row_appears_exactly_once_an_epoch(group_rows, seed, epoch, window_groups):
     order = epoch_order(group_rows, seed=seed, epoch=epoch, window_groups=window_groups)
@@ -22,12 +24,14 @@ def test_every_row_appears_exactly_once_an_epoch(group_rows, seed, epoch, window
     assert np.array_equal(np.sort(order), np.arange(sum(group_rows)))
 
 
+@UNHURRIED
 @given(GROUPS, SEEDS, EPOCHS)
 def test_the_order_is_the_same_every_time(group_rows, seed, epoch):
     first = epoch_order(group_rows, seed=seed, epoch=epoch)
     assert np.array_equal(first, epoch_order(np.array(group_rows), seed=seed, epoch=epoch))
 
 
+@UNHURRIED
 @given(SEEDS, EPOCHS)
 def test_another_seed_or_epoch_gives_another_order(seed, epoch):
     group_rows = [16] * 20
@@ -41,6 +45,7 @@ def test_seeds_beyond_63_bits_are_told_apart():
     assert not np.array_equal(first, second)
 
 
+@UNHURRIED
 @given(GROUPS, SEEDS, st.integers(1, 12))
 def test_a_window_holds_the_rows_of_its_groups_and_no_others(group_rows, seed, window_groups):
     group_of_row = np.repeat(np.arange(len(group_rows)), group_rows)
@@ -55,6 +60,7 @@ def test_a_window_holds_the_rows_of_its_groups_and_no_others(group_rows, seed, w
     assert position == sum(group_rows)
 
 
+@UNHURRIED
 @given(GROUPS, SEEDS, EPOCHS, st.data())
 def test_a_slice_equals_that_part_of_the_whole_order(group_rows, seed, epoch, data):
     start = data.draw(st.integers(0, sum(group_rows) - 1))
@@ -130,6 +136,7 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_both_numbers():
         steps_per_epoch(63, 64)
 
 
+@UNHURRIED
 @given(SEEDS, EPOCHS, st.integers(0, 2**63 - 1))
 def test_generators_of_different_keys_draw_different_numbers(seed, epoch, item):
     keys = [
