@@ -1,0 +1,68 @@
+"""Real processes agree on the step, the longest caption and the end, or stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from pipelines.agreement import Agreed, Agreement, DisagreementError
+
+NUM_WORKERS = 2
+Told = tuple[int, int, bool]
+"""What one worker brings: its step, the tokens of its longest caption, whether to stop."""
+
+
+def test_alone_a_worker_agrees_with_itself() -> None:
+    agreed = Agreement().reach(7, longest=12, must_stop=True)
+    assert agreed == Agreed(longest=12, must_stop=True)
+
+
+@pytest.mark.slow
+def test_workers_share_the_longest_caption_and_the_wish_to_stop(tmp_path: Path) -> None:
+    first, second, third = council(
+        tmp_path,
+        [(4, 9, False), (4, 12, False)],
+        [(5, 30, False), (5, 7, False)],
+        [(6, 8, True), (6, 8, False)],
+    )
+    assert first == [{"longest": 12, "must_stop": False}] * NUM_WORKERS
+    assert second == [{"longest": 30, "must_stop": False}] * NUM_WORKERS
+    assert third == [{"longest": 8, "must_stop": True}] * NUM_WORKERS
+
+
+@pytest.mark.slow
+def test_workers_at_different_steps_all_stop_and_each_is_named(tmp_path: Path) -> None:
+    agreed, apart = council(tmp_path, [(3, 9, False), (3, 9, False)], [(4, 9, False), (5, 9, True)])
+    assert agreed == [{"longest": 9, "must_stop": False}] * NUM_WORKERS
+    sentence = (
+        "workers 0 to 1 are at steps [4, 5], not at the same one."
+        " They start again from the newest checkpoint."
+    )
+    assert apart == [{"error": sentence}] * NUM_WORKERS
+
+
+def council(out: Path, *rounds: list[Told]) -> list[list[dict[str, Any]]]:
+    """Let real processes meet; give for each round what every worker learned."""
+    start_processes(_worker, args=(rounds, out), nprocs=NUM_WORKERS, start_method="spawn")
+    answers = [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(NUM_WORKERS)]
+    return [list(told) for told in zip(*answers, strict=True)]
+
+
+def _worker(rank: int, rounds: tuple[list[Told], ...], out: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/store", rank=rank, world_size=NUM_WORKERS
+    )
+    agreement, answers = Agreement(), []
+    for told in rounds:
+        step, longest, must_stop = told[rank]
+        try:
+            agreed = agreement.reach(step, longest=longest, must_stop=must_stop)
+        except DisagreementError as error:
+            answers.append({"error": str(error)})
+        else:
+            answers.append(vars(agreed))
+    torch.save(answers, out / f"{rank}.pt")
+    dist.destroy_process_group()
