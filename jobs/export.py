@@ -1,20 +1,8 @@
 """Write an official checkpoint: `python jobs/export.py --model MODEL --out ALBEF.pth`."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from command_line import parse, run_job
 
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a model as a checkpoint that the official code reads."""
-
-    model: str
-    """A run's model folder or checkpoint (that has teacher and queues too), or a registry URI such
-    as `models:/albef-pretrain/1`."""
-    out: Path
-    """The new file, `.pth`; must not exist."""
+from pipelines.config import ExportConfig
 
 
 def main() -> None:

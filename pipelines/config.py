@@ -223,6 +223,17 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model as a checkpoint that the official code reads."""
+
+    model: str
+    """A run's model folder or checkpoint (that has teacher and queues too), or a registry URI such
+    as `models:/albef-pretrain/1`."""
+    out: Path
+    """The new file, `.pth`; must not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """See the whole pipeline work on generated pictures, in minutes on a laptop."""
 

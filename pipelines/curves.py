@@ -1,5 +1,6 @@
 """The numbers of a training: counted on every worker, averaged, and sent on by rank 0."""
 
+import math
 import resource
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,9 @@ class Curves:
     max_bad_share: float
     bad_ids: list[str] = field(default_factory=list)
     num_pairs: int = 0
+    """Pairs of all workers since the last point."""
     all_pairs: int = 0
+    """Pairs of all workers since the training began or went on."""
     busy_s: float = 0.0
     waited_s: float = 0.0
     since_checkpoint: dict[str, list[float]] = field(default_factory=dict)
@@ -38,8 +41,8 @@ class Curves:
     def count(self, batch: FeedBatch, *, busy_s: float, waited_s: float) -> None:
         """Add one batch."""
         self.bad_ids += batch.bad_ids
-        self.num_pairs += len(batch.captions)
-        self.all_pairs += len(batch.captions)
+        self.num_pairs += self.batch_size
+        self.all_pairs += self.batch_size
         self.busy_s, self.waited_s = self.busy_s + busy_s, self.waited_s + waited_s
 
     def write(
@@ -55,11 +58,11 @@ class Curves:
         local = torch.stack([value.detach().float().to(device) for value in averaged.values()])
         share = torch.tensor([self.waited_s / elapsed, float(len(self.bad_ids))], device=device)
         *values, wait_share, bad_per_worker = mean_over_workers(torch.cat([local, share])).tolist()
-        num_bad, num_read = bad_per_worker * world_size(), self.all_pairs * world_size()
+        num_bad = bad_per_worker * world_size()
         curves = dict(zip(averaged, values, strict=True)) | known
         curves |= {
             "pairs_seen": float(step * self.batch_size),
-            "train/pairs_per_s": self.num_pairs * world_size() / elapsed,
+            "train/pairs_per_s": self.num_pairs / elapsed,
             "feed/wait_share": wait_share,
             "feed/bad_images": num_bad,
             "train/memory_gb": _memory_gb(device),
@@ -70,18 +73,19 @@ class Curves:
             for name, value in curves.items():
                 self.since_checkpoint.setdefault(name, []).append(value)
         self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0
-        if num_read >= MIN_PAIRS_TO_JUDGE and num_bad > self.max_bad_share * num_read:
+        is_much = num_bad > self.max_bad_share * self.all_pairs
+        if is_much and self.all_pairs >= MIN_PAIRS_TO_JUDGE:
             raise InputError(
-                f"{self.corpus}: {num_bad:.0f} of {num_read} pictures did not decode,"
+                f"{self.corpus}: {num_bad:.0f} of {self.all_pairs} pictures did not decode,"
                 f" more than --max-bad-share {self.max_bad_share}."
                 " Build it again with jobs/ingest.py."
             )
 
     def means_since_checkpoint(self) -> dict[str, float]:
-        """Average each curve since this was last asked."""
-        means = {name: sum(values) / len(values) for name, values in self.since_checkpoint.items()}
-        self.since_checkpoint = {}
-        return means
+        """Average each curve since this was last asked; skipped batches have no finite loss."""
+        points, self.since_checkpoint = self.since_checkpoint, {}
+        finite = {name: [v for v in values if math.isfinite(v)] for name, values in points.items()}
+        return {name: sum(values) / len(values) for name, values in finite.items() if values}
 
     def name_bad(self) -> None:
         """Keep the names of all pictures that did not decode on any worker (a collective)."""

@@ -3,21 +3,22 @@
 It is a Ray actor where a train worker would be, so that what it measures is what a training gets.
 """
 
+import dataclasses
 import gc
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import ray
 import torch
 
-from albef_core.batch import PairBatch, normalize
+from albef_core.batch import PairBatch
 from pipelines.config import PretrainConfig
 from pipelines.doctor_bench import Bench, Numbers
 from pipelines.doctor_memory import Room
-from pipelines.feed import FeedBatch, FeedSpec, batches
+from pipelines.feed import FeedBatch, batches
+from pipelines.inputs import feed_spec, num_tokens, to_device
 
 FEED_STEPS = 400
 """Steps that the trial feed is planned for; planning costs a millisecond each."""
@@ -101,7 +102,7 @@ class TrialWorker:
         cpu_limit = max(config.feed_cpus, cpus / config.workers)
         started = time.perf_counter()
         feed = batches(
-            self._spec(),
+            feed_spec(config, self.start),
             start_step=0,
             stop_step=FEED_STEPS,
             rank=config.workers - 1,
@@ -125,40 +126,24 @@ class TrialWorker:
         return FeedRate(pairs_per_s=num_pairs / seconds, first_s=begin - started, cpus=cpu_limit)
 
     def _real_batch(self) -> PairBatch:
+        """Give the run's first batch, or as many of its pairs as are bearable."""
         if self._first is None:
             self.feed_rate(0.0)
-        assert self._first is not None
-        return self._to_device(self._first, self.bearable)
-
-    def _spec(self) -> FeedSpec:
-        config = self.config
-        return FeedSpec(
-            corpus=config.corpus,
-            tokenizer=str(self.start),
-            text=config.text,
-            augment=config.augment,
-            image_size=config.model.image_size,
-            mask_share=config.objective.mask_share,
-            keep_sep=config.recipe.keep_sep,
-            words_only=config.recipe.words_only,
-            caption_policy=config.caption_policy,
-            saturate_pixels=config.recipe.saturate_pixels,
-            seed=config.seed,
-            batch_size=config.batch_size,
+        first, num_pairs = self._first, self.bearable
+        assert first is not None
+        cut = dataclasses.replace(
+            first,
+            images=first.images[:num_pairs],
+            token_ids=first.token_ids[:num_pairs],
+            masked_ids=first.masked_ids[:num_pairs],
+            mlm_labels=first.mlm_labels[:num_pairs],
+            image_keys=first.image_keys[:num_pairs],
         )
-
-    def _to_device(self, batch: FeedBatch, num_pairs: int) -> PairBatch:
-        is_token = batch.token_ids[:num_pairs] != self.bench.pad_id
-        longest = int(is_token.sum(axis=1).max())
-
-        def words(array: np.ndarray) -> torch.Tensor:
-            return torch.tensor(array[:num_pairs, :longest], device=self.device)
-
-        return PairBatch(
-            images=normalize(torch.tensor(batch.images[:num_pairs]).to(self.device)),
-            token_ids=words(batch.token_ids).long(),
-            attention_mask=words(is_token),
-            masked_ids=words(batch.masked_ids).long(),
-            mlm_labels=words(batch.mlm_labels).long(),
-            image_ids=torch.tensor(batch.image_keys[:num_pairs], device=self.device),
+        pad_id = self.bench.pad_id
+        return to_device(
+            cut,
+            self.device,
+            pad_id=pad_id,
+            longest=num_tokens(cut, pad_id=pad_id),
+            num_global=len(cut.images),
         )

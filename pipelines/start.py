@@ -7,10 +7,12 @@ from pathlib import Path
 import ray
 import torch
 
+from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import (
+    WeightsReport,
     apply_weights,
     load_image_weights,
     load_model,
@@ -21,6 +23,9 @@ from pipelines.config import PretrainConfig
 from pipelines.manifest import Manifest, read_captions
 
 logger = logging.getLogger(__name__)
+
+FREE_SIZES = ("image_size", "dropout", "vocab_size")
+"""Sizes that may differ from those of `--init`: positions are interpolated, words are its own."""
 
 
 def use_gpu(config: PretrainConfig) -> bool:
@@ -63,31 +68,9 @@ def prepare_start(
         start = load_model(folder)
         return dataclasses.replace(config, model=start.model_config), {}
     torch.manual_seed(config.seed)
-    if config.init:
-        start = load_model(config.init)
-        if start.report.missing:
-            raise InputError(
-                f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"
-                " fine-tuned models have none. Start from a pre-training checkpoint."
-            )
-        tokenizer = start.tokenizer
-        sizes = dataclasses.replace(
-            start.model_config, image_size=config.model.image_size, dropout=config.model.dropout
-        )
-        model = ALBEF(sizes)
-        weights = dict(start.model.named_parameters())
-        report = apply_weights(model, weights, source=config.init)
-        reports = {"weights.image": report, "weights.text": report}
-    else:
-        tokenizer = _tokenizer(config, manifest)
-        sizes = dataclasses.replace(
-            config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size
-        )
-        model = ALBEF(sizes, temperature=config.objective.temperature)
-        reports = {
-            "weights.image": load_image_weights(model, config.image_weights),
-            "weights.text": load_text_weights(model, config.text_weights),
-        }
+    model, sizes, tokenizer, reports = (
+        _from_checkpoint(config) if config.init else _from_encoders(config, manifest)
+    )
     _check_vocabulary(sizes.vocab_size, tokenizer, config)
     for side, report in reports.items():
         logger.info("%s from %s", side, report)
@@ -103,6 +86,44 @@ def prepare_start(
     )
     partial.rename(folder)
     return config, {side: str(report) for side, report in reports.items()}
+
+
+Start = tuple[ALBEF, ModelConfig, Tokenizer, dict[str, WeightsReport]]
+
+
+def _from_checkpoint(config: PretrainConfig) -> Start:
+    start = load_model(config.init)
+    if start.report.missing:
+        raise InputError(
+            f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"
+            " fine-tuned models have none. Start from a pre-training checkpoint."
+        )
+    asked, given = vars(config.model), vars(start.model_config)
+    other = [name for name in given if name not in FREE_SIZES and asked[name] != given[name]]
+    if other:
+        flags = ", ".join(f"--{name.replace('_', '-')} {given[name]}" for name in other)
+        raise InputError(
+            f"--init {config.init}: its model has other sizes than asked for. Take a preset that"
+            f" fits, or give {flags}."
+        )
+    sizes = dataclasses.replace(
+        start.model_config, image_size=config.model.image_size, dropout=config.model.dropout
+    )
+    model = ALBEF(sizes)
+    report = apply_weights(model, dict(start.model.named_parameters()), source=config.init)
+    return model, sizes, start.tokenizer, {"weights.image": report, "weights.text": report}
+
+
+def _from_encoders(config: PretrainConfig, manifest: Manifest) -> Start:
+    tokenizer = _tokenizer(config, manifest)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    sizes = dataclasses.replace(config.model, vocab_size=vocab_size)
+    model = ALBEF(sizes, temperature=config.objective.temperature)
+    reports = {
+        "weights.image": load_image_weights(model, config.image_weights),
+        "weights.text": load_text_weights(model, config.text_weights),
+    }
+    return model, sizes, tokenizer, reports
 
 
 def _tokenizer(config: PretrainConfig, manifest: Manifest) -> Tokenizer:

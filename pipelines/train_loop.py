@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from albef_core.batch import PairBatch, normalize
 from albef_core.distributed import (
     gather_objects,
     gather_rows,
@@ -32,16 +30,13 @@ from albef_core.pretraining import PretrainingModel
 from albef_core.teacher import Teacher, alpha_at
 from albef_core.weights import load_model
 from pipelines.agreement import Agreement
-from pipelines.checkpoint import Snapshotter, TrainState, restore, write_snapshot
-from pipelines.checkpoint_files import Progress, running_versions
-from pipelines.checkpoint_writer import BackgroundWriter
+from pipelines.checkpoint import TrainState
 from pipelines.config import PretrainConfig
-from pipelines.config_file import config_digest
 from pipelines.curves import Curves
-from pipelines.feed import FeedBatch, FeedSpec, batches
+from pipelines.feed import FeedBatch, batches
 from pipelines.flight_recorder import FlightRecorder
-from pipelines.order import ORDER_VERSION, WINDOW_GROUPS
-from pipelines.resume import open_store
+from pipelines.inputs import feed_spec, num_tokens, to_device
+from pipelines.saver import Saver
 from pipelines.tracking import RunHandle, Tracker
 from pipelines.train_pictures import hard_negative_similarity, log_pictures
 from pipelines.watchdog import Watchdog
@@ -118,10 +113,6 @@ class Worker:
             per_step=config.recipe.per_step_schedule,
         )
         self.agreement = Agreement()
-        self.store = open_store(config)
-        self.writer = BackgroundWriter(self.store)
-        self.snapshotter = Snapshotter(self.state) if self.rank == 0 else None
-        self.saved_at = time.monotonic()
         self.curves = Curves(
             tracker=Tracker(job.handle) if self.rank == 0 else None,
             board=job.board,
@@ -129,58 +120,50 @@ class Worker:
             corpus=str(config.corpus),
             max_bad_share=config.max_bad_share,
         )
+        self.saver = Saver(
+            config,
+            self.state,
+            start.tokenizer,
+            self.curves,
+            corpus_id=job.corpus_id,
+            steps_per_epoch=job.steps_per_epoch,
+        )
         records = config.storage / config.name / "skipped" if self.rank == 0 else None
         self.recorder = FlightRecorder(config.max_bad_steps, records)
 
     def train(self) -> None:
         """Go through the plan from where the newest checkpoint left it."""
-        job, step = self.job, self.restore()
+        job, step = self.job, self.saver.restore()
         for batch, waited_s in self._timed(self.feed(start=step)):
             started = time.perf_counter()
-            longest = int((batch.token_ids != self.tokenizer.pad_id).sum(axis=1).max())
+            longest = num_tokens(batch, pad_id=self.tokenizer.pad_id)
             with self.watchdog.part("collective"):
-                agreed = self.agreement.reach(
-                    step, longest=longest, must_stop=self.is_asked_to_stop()
-                )
+                must_stop = self.is_asked_to_stop()
+                agreed = self.agreement.reach(step, longest=longest, must_stop=must_stop)
             with self.watchdog.part("step"):
                 outcome = self.train_step(batch, step, longest=agreed.longest)
             step += 1
             self.curves.count(batch, busy_s=time.perf_counter() - started, waited_s=waited_s)
-            is_last = step == job.num_steps or agreed.must_stop
-            ends_epoch = step % job.steps_per_epoch == 0 or is_last
+            ends_epoch = step % job.steps_per_epoch == 0 or step == job.num_steps
             with self.watchdog.part("collective"):
                 if step % job.config.log_every == 0 or ends_epoch:
                     self.log(outcome, step)
                 if ends_epoch:
                     self.curves.name_bad()
                     self.draw(batch, outcome, step)
-            if ends_epoch or self.is_checkpoint_due(step):
+            if ends_epoch or agreed.must_stop or self.saver.is_due(step):
                 with self.watchdog.part("checkpoint"):
-                    self.save(step)
+                    self.saver.save(step)
             self.watchdog.beat(step)
-            if is_last:
+            if agreed.must_stop:
                 break
 
     def feed(self, *, start: int) -> Iterator[FeedBatch]:
         """Open this worker's share of the plan, from step `start` on."""
         config = self.job.config
-        spec = FeedSpec(
-            corpus=config.corpus,
-            tokenizer=str(self.job.start),
-            text=config.text,
-            augment=config.augment,
-            image_size=config.model.image_size,
-            mask_share=config.objective.mask_share,
-            keep_sep=config.recipe.keep_sep,
-            words_only=config.recipe.words_only,
-            caption_policy=config.caption_policy,
-            saturate_pixels=config.recipe.saturate_pixels,
-            seed=config.seed,
-            batch_size=config.batch_size,
-        )
         cpus = ray.cluster_resources().get("CPU", 1) - self.world_size * config.worker_cpus
         return batches(
-            spec,
+            feed_spec(config, self.job.start),
             start_step=start,
             stop_step=self.job.num_steps,
             rank=self.rank,
@@ -189,30 +172,19 @@ class Worker:
             cpu_limit=max(config.feed_cpus, cpus / self.world_size),
         )
 
-    def to_device(self, batch: FeedBatch, *, longest: int) -> PairBatch:
-        """Copy a batch to the device, cut to the global batch's longest caption; normalize it."""
-        is_token = batch.token_ids != self.tokenizer.pad_id
-
-        def words(array: np.ndarray) -> torch.Tensor:
-            return torch.tensor(array[:, :longest], device=self.device)
-
-        return PairBatch(
-            images=normalize(torch.tensor(batch.images).to(self.device, non_blocking=True)),
-            token_ids=words(batch.token_ids).long(),
-            attention_mask=words(is_token),
-            masked_ids=words(batch.masked_ids).long(),
-            mlm_labels=words(batch.mlm_labels).long(),
-            image_ids=torch.tensor(batch.image_keys, device=self.device),
-            num_global=self.job.config.batch_size,
-        )
-
     def train_step(self, feed_batch: FeedBatch, step: int, *, longest: int) -> PretrainingStep:
         """Move student, teacher and queues by one batch, in the published order.
 
         A batch whose loss or gradient is not finite moves the teacher only, on all workers alike.
         """
         config, state = self.job.config, self.state
-        batch = self.to_device(feed_batch, longest=longest)
+        batch = to_device(
+            feed_batch,
+            self.device,
+            pad_id=self.tokenizer.pad_id,
+            longest=longest,
+            num_global=config.batch_size,
+        )
         state.student.clamp_temperature()
         state.teacher.follow(state.student, momentum=config.objective.teacher_momentum)
         with torch.autocast(
@@ -274,13 +246,10 @@ class Worker:
                 " pairs are in skipped_batches.json"
             )
         if self.recorder.is_hopeless:
-            self.writer.wait()
-            newest = self.store.newest_good()
             raise InputError(
                 f"step {step}: loss or gradient of {self.recorder.in_a_row} batches in a row is not"
                 " finite; their pairs are in skipped_batches.json. The newest good checkpoint is"
-                f" {newest.url if newest else 'none'}. Lower --lr, set --clip-norm 1, or take"
-                " --precision fp32."
+                f" {self.saver.newest()}. Lower --lr, set --clip-norm 1, or take --precision fp32."
             )
         return is_finite
 
@@ -315,72 +284,6 @@ class Worker:
         tracker = self.curves.tracker
         log_pictures(tracker, batch, outcome, self.tokenizer, places=places, step=step)
 
-    def is_checkpoint_due(self, step: int) -> bool:
-        """Tell whether steps or minutes ask for a checkpoint now; never while one is written."""
-        config = self.job.config
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
-            return True
-        since_s = time.monotonic() - self.saved_at
-        is_late = 0 < config.checkpoint_minutes * 60 < since_s
-        return is_late and not self.writer.is_busy
-
-    def save(self, step: int) -> None:
-        """Copy the training off the device on rank 0; a thread writes it while training goes on."""
-        self.saved_at = time.monotonic()
-        if self.snapshotter is None or self.curves.tracker is None:
-            return
-        self.writer.wait()
-        snapshot = self.snapshotter.take()
-        config = self.job.config
-        progress = Progress(
-            step=step,
-            pairs_seen=step * config.batch_size,
-            epoch=step // self.job.steps_per_epoch,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            corpus_id=self.job.corpus_id,
-            plan=self.plan(),
-            config_digest=config_digest(config),
-            world_size=self.world_size,
-            metrics=self.curves.means_since_checkpoint(),
-            unsent=self.curves.tracker.unsent(),
-            versions=running_versions(),
-        )
-        fill = partial(write_snapshot, snapshot, config=config, tokenizer=self.tokenizer)
-        self.writer.save(progress, fill)
-
-    def restore(self) -> int:
-        """Put everything where the newest good checkpoint left it; return the steps done.
-
-        Rank 0 looks for it, and all load the same one.
-
-        Raises:
-            InputError: the checkpoint is of another order of the data.
-        """
-        (found, *_) = gather_objects(self.store.newest_good() if self.rank == 0 else None)
-        if found is None:
-            return 0
-        if found.progress.plan != self.plan() and not self.job.config.force:
-            raise InputError(
-                f"{found.url}: made with another order of the data ({found.progress.plan} instead"
-                f" of {self.plan()}). Give another --name, or --force."
-            )
-        with found.fetch() as folder:
-            restore(folder, self.state)
-        if self.curves.tracker:
-            self.curves.tracker.log_again(found.progress.unsent)
-        return found.progress.step
-
-    def plan(self) -> dict[str, Any]:
-        """Say what fixes the order of the data, beside the corpus."""
-        return {
-            "version": ORDER_VERSION,
-            "seed": self.job.config.seed,
-            "batch_size": self.job.config.batch_size,
-            "window_groups": WINDOW_GROUPS,
-            "steps_per_epoch": self.job.steps_per_epoch,
-        }
-
     def is_asked_to_stop(self) -> bool:
         """Tell whether the driver wants an end; rank 0 asks for all."""
         return self.rank == 0 and ray.get(self.job.board.is_stopping.remote())
@@ -391,11 +294,12 @@ class Worker:
         os._exit(1)
 
     def close(self) -> None:
-        """Send the last curves, and wait for the last checkpoint."""
+        """Wait for the last checkpoint, and send the last curves."""
         self.watchdog.close()
-        self.curves.close()
-        if self.rank == 0:
-            self.writer.close()
+        try:
+            self.saver.close()
+        finally:
+            self.curves.close()
 
     def _timed(self, feed: Iterator[FeedBatch]) -> Iterator[tuple[FeedBatch, float]]:
         while True:

@@ -138,7 +138,6 @@ def test_the_registered_model_answers_and_is_evaluated_into_its_own_run(
 ) -> None:
     uri = f"sqlite:///{store}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    mlflow.set_tracking_uri(uri)
     assert finished.stored.uri == "models:/albef-pretrain/1"
     result = evaluate_retrieval(
         EvaluateConfig(

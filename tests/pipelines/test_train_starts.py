@@ -119,14 +119,13 @@ def test_init_starts_from_exactly_the_given_weights_and_the_tags_say_so(
         assert f"{len(expected)} matched, 0 missing, 0 unexpected" in tags[tag]
 
 
-@pytest.mark.xfail(strict=True, reason="--init's own widths are taken without a word")
 def test_init_of_other_widths_is_refused_in_one_sentence(
     start: PretrainConfig, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:
     given = folder_of_ours(tmp_path / "given", small_corpus)
     wider = dataclasses.replace(MODEL, image_width=128, image_heads=2)
 
-    with pytest.raises(InputError, match=r"--init .*given.*width") as refusal:
+    with pytest.raises(InputError, match=r"--init .*given.*--image-width") as refusal:
         pretrain(dataclasses.replace(start, init=str(given), model=wider))
 
     assert "\n" not in str(refusal.value)
