@@ -91,27 +91,13 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return arrived
 
 
-def global_mean(total: Float[Tensor, ""], count: Float[Tensor, ""] | float) -> Float[Tensor, ""]:
-    """Turn this worker's sum into its part of a mean over all workers.
-
-    `count` is the number of terms on all workers. The mean of the results over workers is the
-    mean of all terms, and so are the gradients that DistributedDataParallel averages.
-    """
-    return total * world_size() / count
-
-
-def sum_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-    """Add up a tensor over all workers; no gradient flows."""
+def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
+    """Average a tensor over all workers; no gradient flows."""
     if not is_distributed():
         return values.detach()
     total = values.detach().clone()
     dist.all_reduce(total)
-    return total
-
-
-def mean_over_workers(values: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-    """Average a tensor over all workers; no gradient flows."""
-    return sum_over_workers(values) / world_size()
+    return total / world_size()
 
 
 def gather_objects(value: Any) -> list[Any]:
