@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def in_chunks(
-    function: Callable[..., Any], *rows: Tensor | None, size: int | None
-) -> Any:
+def in_chunks(function: Callable[..., Any], *rows: Tensor | None, size: int | None) -> Any:
     """Apply a row-wise function to `size` rows at a time; join what it gives.
 
     Nothing inside a chunk is kept for the backward pass: it is computed again there, chunk by
