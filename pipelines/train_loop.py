@@ -103,8 +103,13 @@ class Worker:
         )
         self.model: nn.Module = PretrainingModel(start.model)
         if is_distributed():
+            # Not static, it would sort its buckets anew after the first step of every process, and
+            # sums over three or more workers would round otherwise after a resume.
             self.model = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=True,
             )
         self.schedule = Schedule(
             optim=config.optim,
