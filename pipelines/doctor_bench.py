@@ -192,6 +192,7 @@ class Bench:
         it is the same for any number; at the batch that is asked for it is exact.
         """
         stop = time.monotonic() + limit_s
+        reset_peak()
         resting, size = resident_bytes(), min(SMALL, wanted)
         seconds, peak = self._time_and_peak(size)
         most = MOST_FILLED * available_bytes()

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from albef_core.errors import InputError
+from albef_core.shares import share_of
 from pipelines import feed
 from pipelines.feed import FeedBatch, FeedOrderError, batches
 from pipelines.pairs import FeedSpec, prepare_block
@@ -24,7 +26,13 @@ STEPS = 10  # into the second epoch: 203 images are 6 steps of 32
 
 
 def read(
-    spec: FeedSpec, *, start: int = 0, stop: int = STEPS, rank: int = 0, world_size: int = 1
+    spec: FeedSpec,
+    *,
+    start: int = 0,
+    stop: int = STEPS,
+    rank: int = 0,
+    world_size: int = 1,
+    task_cpus: float = 0.5,
 ) -> Iterator[FeedBatch]:
     return batches(
         spec,
@@ -32,7 +40,7 @@ def read(
         stop_step=stop,
         rank=rank,
         world_size=world_size,
-        task_cpus=0.5,
+        task_cpus=task_cpus,
         cpu_limit=1.0,
     )
 
@@ -53,28 +61,49 @@ def assert_is_the_plan(spec: FeedSpec, shares: list[list[FeedBatch]], *, start: 
 
 
 @pytest.fixture
-def random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every task finish at a time of its own."""
-    prompt = feed._task
+def finishing_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Delay every task at random, in its own process; it leaves a file when it is done."""
+    prompt, folder = feed._task, tmp_path / "finished"
+    folder.mkdir()
 
     def late(item, *, spec):
         time.sleep(random.random() * 0.3)
-        return prompt(item, spec=spec)
+        block = prompt(item, spec=spec)
+        (folder / f"{item['step'][0]:03d}-{item['start'][0]:03d}").touch()
+        return block
 
     monkeypatch.setattr(feed, "_task", late)
+    return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])  # 32 pairs are 10, 11 and 11 for three
 def test_workers_receive_the_plan_together_while_tasks_finish_at_random(
-    local_ray, spec, random_delays, world_size
+    local_ray, spec, finishing_times, world_size
 ):
-    with ThreadPoolExecutor(world_size) as workers:
-        shares = workers.map(
-            lambda rank: list(read(spec, rank=rank, world_size=world_size)), range(world_size)
-        )
-        shares = list(shares)
-    assert [len(share) for share in shares] == [STEPS] * world_size
+    def work(rank: int) -> list[FeedBatch]:
+        # Light tasks, so that each worker has several at once, and they can overtake each other.
+        return list(read(spec, stop=12, rank=rank, world_size=world_size, task_cpus=0.1))
+
+    # Two at a time: two CPUs give each of four workers one task at once, which none overtakes.
+    with ThreadPoolExecutor(min(world_size, 2)) as workers:
+        shares = list(workers.map(work, range(world_size)))
+    assert [len(share) for share in shares] == [12] * world_size
+    overtakings = 0
+    for rank, share in enumerate(shares):
+        own = share_of(rank, world_size, spec.batch_size)
+        assert {len(batch.captions) for batch in share} == {len(own)}
+        ends = [finishing_times / f"{step:03d}-{own.start:03d}" for step in range(12)]
+        overtakings += sorted(ends, key=lambda file: file.stat().st_mtime_ns) != ends
+    assert overtakings, "the delays changed the order in which tasks ended"
     assert_is_the_plan(spec, shares)
+    dropped = []
+    for epoch in range(2):
+        steps = slice(6 * epoch, 6 * epoch + 6)
+        seen = [i for share in shares for batch in share[steps] for i in batch.image_ids]
+        assert len(seen) == len(set(seen)) == 203 - 11
+        dropped.append({f"picture-{number:03d}" for number in range(203)} - set(seen))
+    assert dropped[0] != dropped[1]
 
 
 def test_a_share_larger_than_a_block_is_joined_in_order(local_ray, spec):
@@ -116,11 +145,6 @@ def test_a_killed_task_is_repeated_with_the_same_result(local_ray, spec, monkeyp
     monkeypatch.setattr(feed, "_task", mortal)
     assert_is_the_plan(spec, [list(read(spec))])
     assert (tmp_path / "killed").exists()
-
-
-def test_every_image_comes_at_most_once_an_epoch_and_the_remainder_is_eleven(local_ray, spec):
-    seen = [key for batch in read(spec, stop=6) for key in batch.image_ids]
-    assert len(seen) == len(set(seen)) == 203 - 11
 
 
 def test_damaged_pictures_are_counted_and_named_and_stop_nothing(local_ray, spec, make_corpus):
