@@ -4,12 +4,14 @@ A global batch is dealt in order: worker r of W holds `share_of(r, W, num_pairs)
 differ by one pair, so any batch size fits any number of workers.
 """
 
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.shares import share_of
 
@@ -24,6 +26,22 @@ def own_share(num_pairs: int) -> range:
 def world_size() -> int:
     """Count the workers; 1 when alone."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Let workers average the gradients of a model during its backward pass; alone: the model.
+
+    Plain DistributedDataParallel sorts its buckets anew after the first step of every process, and
+    sums over three or more workers then round otherwise: a resumed training would differ in the
+    last bits. Looking for unused parameters, of which there are none, keeps the buckets as they
+    are. (`static_graph` would too, but does not see into a dataclass and averages nothing.)
+    """
+    if not is_distributed():
+        return model
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
 
 
 def gather_rows(rows: Shaped[Tensor, " B *N"], *, num_pairs: int) -> Shaped[Tensor, " G *N"]:

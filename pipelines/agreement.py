@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from albef_core.distributed import is_distributed
 
@@ -49,3 +50,21 @@ class Agreement:
                 " They start again from the newest checkpoint."
             )
         return Agreed(longest=max(lengths), must_stop=any(stops))
+
+    @torch.no_grad()
+    def check_replicas(self, model: nn.Module) -> None:
+        """Make sure that all workers hold the same weights, bit for bit.
+
+        Raises:
+            DisagreementError: they have drifted apart.
+        """
+        if not isinstance(self._group, dist.ProcessGroup):
+            return
+        norms = torch.stack([parameter.double().norm() for parameter in model.parameters()]).cpu()
+        all_norms = [torch.empty_like(norms) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_norms, norms, group=self._group)
+        if any(not torch.equal(norms, other) for other in all_norms if norms.isfinite().all()):
+            raise DisagreementError(
+                "the workers' weights have drifted apart: their gradients were not averaged alike."
+                " They start again from the newest checkpoint."
+            )

@@ -13,12 +13,11 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.distributed import (
+    data_parallel,
     gather_objects,
     gather_rows,
-    is_distributed,
     mean_over_workers,
     own_share,
 )
@@ -101,16 +100,7 @@ class Worker:
                 decay_weights_only=config.recipe.decay_weights_only,
             ),
         )
-        self.model: nn.Module = PretrainingModel(start.model)
-        if is_distributed():
-            # Not static, it would sort its buckets anew after the first step of every process, and
-            # sums over three or more workers would round otherwise after a resume.
-            self.model = DistributedDataParallel(
-                self.model,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                static_graph=True,
-            )
+        self.model = data_parallel(PretrainingModel(start.model))
         self.schedule = Schedule(
             optim=config.optim,
             num_steps=job.num_steps,
@@ -154,6 +144,7 @@ class Worker:
                 if step % job.config.log_every == 0 or ends_epoch:
                     self.log(outcome, step)
                 if ends_epoch:
+                    self.agreement.check_replicas(self.state.student)
                     self.curves.name_bad()
                     self.draw(batch, outcome, step)
             if ends_epoch or agreed.must_stop or self.saver.is_due(step):
@@ -295,8 +286,10 @@ class Worker:
 
     def give_up(self, sentence: str) -> None:
         """End this process, stuck as it is, so that Ray Train starts the workers again."""
-        ray.get(self.job.board.note.remote(sentence), timeout=10)
-        os._exit(1)
+        try:
+            ray.get(self.job.board.note.remote(sentence), timeout=10)
+        finally:
+            os._exit(1)
 
     def close(self) -> None:
         """Wait for the last checkpoint, and send the last curves."""

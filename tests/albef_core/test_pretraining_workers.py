@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, corrected
-from albef_core.distributed import gather_rows, mean_over_workers, own_share
+from albef_core.distributed import data_parallel, gather_rows, mean_over_workers, own_share
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
@@ -61,9 +60,7 @@ def train(num_steps: int, *, micro_batch_size: int | None) -> dict[str, Any]:
     teacher = Teacher(SIZES, student).eval()
     queues = Queues(SIZES, OBJECTIVE, corrected())
     optimizer = adamw(student, OptimConfig(lr=1e-4), decay_weights_only=True)
-    model: torch.nn.Module = PretrainingModel(student)
-    if dist.is_initialized():
-        model = DistributedDataParallel(model)
+    model = data_parallel(PretrainingModel(student))
     own = own_share(BATCH)
     found: dict[str, Any] = {"losses": []}
     for step in range(num_steps):

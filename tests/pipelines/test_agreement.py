@@ -66,3 +66,31 @@ def _worker(rank: int, rounds: tuple[list[Told], ...], out: Path) -> None:
             answers.append(vars(agreed))
     torch.save(answers, out / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_weights_that_drift_apart_are_noticed_by_all(tmp_path: Path) -> None:
+    start_processes(_holder, args=(tmp_path,), nprocs=NUM_WORKERS, start_method="spawn")
+    for rank in range(NUM_WORKERS):
+        same, drifted = (tmp_path / f"{rank}.txt").read_text().split("\n")
+        assert same == "agreed"
+        assert "drifted apart" in drifted
+
+
+def _holder(rank: int, out: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/store", rank=rank, world_size=NUM_WORKERS
+    )
+    agreement, model, answers = Agreement(), torch.nn.Linear(3, 2), []
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    for drift in (0.0, 1e-7):
+        torch.nn.init.constant_(model.bias, drift * rank)
+        try:
+            agreement.check_replicas(model)
+        except DisagreementError as error:
+            answers.append(str(error))
+        else:
+            answers.append("agreed")
+    (out / f"{rank}.txt").write_text("\n".join(answers))
+    dist.destroy_process_group()
