@@ -45,7 +45,7 @@ CHECKS = [
 
 
 def setting(corpus: Path, root: Path, **changes: object) -> PretrainConfig:
-    """A pre-training that could start: `tiny` with more layers, or the feed could be too slow."""
+    """A pre-training that could start: its step is slow enough for the feed of a busy machine."""
     preset = tiny()
     config = dataclasses.replace(
         preset,
@@ -53,7 +53,7 @@ def setting(corpus: Path, root: Path, **changes: object) -> PretrainConfig:
         storage=root / "runs",
         name="run",
         batch_size=64,
-        model=dataclasses.replace(preset.model, image_layers=12),
+        model=dataclasses.replace(preset.model, image_width=256, image_layers=12),
     )
     return dataclasses.replace(config, **changes)
 
