@@ -1,6 +1,7 @@
 """The teacher: a moving average of the student; and the ramp of alpha, the weight of its advice."""
 
 import torch
+from torch import nn
 
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF, Encoders
@@ -18,14 +19,23 @@ class Teacher(Encoders):
         self.load_state_dict(student.state_dict(), strict=False)
         self.to(student.temperature.device).requires_grad_(False)
 
-    @torch.no_grad()
     def follow(self, student: ALBEF, *, momentum: float) -> None:
         """Move every weight towards the student's: `momentum` of the old, the rest of the new."""
-        theirs = dict(student.named_parameters())
-        names, own = zip(*self.named_parameters(), strict=True)
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name
-            own, [theirs[name] for name in names], 1 - momentum
-        )
+        follow(self, student, momentum=momentum)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
+    """Move each weight of a teacher towards the student's weight of the same name.
+
+    `momentum` of the old stays (ALBEF section 3.2: 0.995). What only the student has, heads that
+    are not distilled, is left out.
+    """
+    theirs = dict(student.named_parameters())
+    names, own = zip(*teacher.named_parameters(), strict=True)
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name
+        own, [theirs[name] for name in names], 1 - momentum
+    )
 
 
 def alpha_at(step: int, *, alpha: float, ramp_steps: int) -> float:

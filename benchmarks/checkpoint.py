@@ -213,6 +213,7 @@ def _progress(step: int) -> Progress:
         config_digest="",
         world_size=1,
         metrics={},
+        bad_ids=[],
         unsent=[],
         versions={},
     )

@@ -38,6 +38,8 @@ class Progress:
     config_digest: str
     world_size: int
     metrics: dict[str, float]
+    bad_ids: list[str]
+    """Pictures that did not decode so far."""
     unsent: list[Any]
     """Metric points that the tracking server does not have yet."""
     versions: dict[str, str]

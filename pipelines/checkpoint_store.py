@@ -126,9 +126,13 @@ class CheckpointStore:
         self._prune(states | {name: state})
         return name
 
-    def newest_good(self) -> Found | None:
-        """Give the checkpoint written last that is whole; a damaged one is logged and passed by."""
+    def newest_good(self, *, before: float = math.inf) -> Found | None:
+        """Give the checkpoint written last that is whole, among those of fewer steps than `before`.
+
+        A damaged one is logged and passed by.
+        """
         states = self._readable(warn=True)
+        states = {name: s for name, s in states.items() if s.progress.step < before}
         for name in sorted(states, key=lambda name: states[name].serial, reverse=True):
             try:
                 return _open(self._fs, f"{self._root}/{name}")

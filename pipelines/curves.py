@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from albef_core.distributed import gather_objects, mean_over_workers, world_size
+from albef_core.distributed import gather_objects, mean_over_workers
 from albef_core.errors import InputError
 from pipelines.feed import FeedBatch
 from pipelines.tracking import Tracker
 
 MIN_PAIRS_TO_JUDGE = 1000
 """Pairs read before the share of undecodable pictures may stop a run."""
+SENDING_TIMEOUT_S = 30.0
 SHOWN = ("train/loss/itc", "train/loss/itm", "train/loss/mlm", "train/pairs_per_s")
 """Curves beside the progress bar."""
 
@@ -30,19 +31,21 @@ class Curves:
     corpus: str
     max_bad_share: float
     bad_ids: list[str] = field(default_factory=list)
+    """Pictures of all workers that did not decode, each as often as it was due."""
     num_pairs: int = 0
     """Pairs of all workers since the last point."""
-    all_pairs: int = 0
-    """Pairs of all workers since the training began or went on."""
     busy_s: float = 0.0
     waited_s: float = 0.0
     since_checkpoint: dict[str, list[float]] = field(default_factory=dict)
 
-    def count(self, batch: FeedBatch, *, busy_s: float, waited_s: float) -> None:
-        """Add one batch."""
-        self.bad_ids += batch.bad_ids
+    def count(self, batch: FeedBatch, *, num_bad: int, busy_s: float, waited_s: float) -> None:
+        """Add one batch, whose shares on all workers hold `num_bad` pictures that did not decode.
+
+        Where there is one, a collective.
+        """
+        if num_bad:
+            self.bad_ids += [image_id for ids in gather_objects(batch.bad_ids) for image_id in ids]
         self.num_pairs += self.batch_size
-        self.all_pairs += self.batch_size
         self.busy_s, self.waited_s = self.busy_s + busy_s, self.waited_s + waited_s
 
     def write(
@@ -56,15 +59,15 @@ class Curves:
         """Average over workers (a collective), then let rank 0 write; stop on too much bad data."""
         elapsed = max(self.busy_s + self.waited_s, 1e-9)
         local = torch.stack([value.detach().float().to(device) for value in averaged.values()])
-        share = torch.tensor([self.waited_s / elapsed, float(len(self.bad_ids))], device=device)
-        *values, wait_share, bad_per_worker = mean_over_workers(torch.cat([local, share])).tolist()
-        num_bad = bad_per_worker * world_size()
+        share = torch.tensor([self.waited_s / elapsed], device=device)
+        *values, wait_share = mean_over_workers(torch.cat([local, share])).tolist()
+        num_pairs, num_bad = step * self.batch_size, len(self.bad_ids)
         curves = dict(zip(averaged, values, strict=True)) | known
         curves |= {
-            "pairs_seen": float(step * self.batch_size),
+            "pairs_seen": float(num_pairs),
             "train/pairs_per_s": self.num_pairs / elapsed,
             "feed/wait_share": wait_share,
-            "feed/bad_images": num_bad,
+            "feed/bad_images": float(num_bad),
             "train/memory_gb": _memory_gb(device),
         }
         if self.tracker:
@@ -73,10 +76,12 @@ class Curves:
             for name, value in curves.items():
                 self.since_checkpoint.setdefault(name, []).append(value)
         self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0
-        is_much = num_bad > self.max_bad_share * self.all_pairs
-        if is_much and self.all_pairs >= MIN_PAIRS_TO_JUDGE:
+        is_much = num_bad > self.max_bad_share * num_pairs
+        if is_much and num_pairs >= MIN_PAIRS_TO_JUDGE:
+            self.name_bad()
+            self.settle()
             raise InputError(
-                f"{self.corpus}: {num_bad:.0f} of {self.all_pairs} pictures did not decode,"
+                f"{self.corpus}: {num_bad} of {num_pairs} pictures did not decode,"
                 f" more than --max-bad-share {self.max_bad_share}."
                 " Build it again with jobs/ingest.py."
             )
@@ -88,10 +93,16 @@ class Curves:
         return {name: sum(values) / len(values) for name, values in finite.items() if values}
 
     def name_bad(self) -> None:
-        """Keep the names of all pictures that did not decode on any worker (a collective)."""
-        ids = sorted({image_id for ids in gather_objects(self.bad_ids) for image_id in ids})
-        if self.tracker and ids:
-            self.tracker.log_dict({"did_not_decode": ids}, "bad_images.json")
+        """Keep the names of all pictures that did not decode on any worker."""
+        if self.tracker and self.bad_ids:
+            names = sorted(set(self.bad_ids))
+            self.tracker.log_dict({"did_not_decode": names}, "bad_images.json")
+
+    def settle(self) -> None:
+        """Send what is collected before any worker ends and takes rank 0 along (a collective)."""
+        if self.tracker:
+            self.tracker.flush(SENDING_TIMEOUT_S)
+        gather_objects(None)
 
     def close(self) -> None:
         """Send what is left."""

@@ -9,19 +9,18 @@ from typing import Any
 
 
 class FlightRecorder:
-    """Keeps a record of every skipped batch, and tells when there are too many in a row.
+    """Keeps a record of every skipped batch, and counts how many there are in a row.
 
     A training that goes on from a checkpoint repeats steps: a step has one record at most, the
     latest. With `folder` each record is also a file there at once, survives a kill, and is read
     back, so that what is in a row does not depend on where a training was interrupted.
 
     Args:
-        limit: skipped batches in a row that are borne.
         folder: folder for the records; None: only in memory.
     """
 
-    def __init__(self, limit: int, folder: Path | None) -> None:
-        self._limit, self._folder = limit, folder
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._records: dict[int, dict[str, Any]] = {}
         self.in_a_row = 0
         """Batches skipped one after another up to the last one noted."""
@@ -35,11 +34,6 @@ class FlightRecorder:
     def skipped(self) -> list[dict[str, Any]]:
         """Give the records in the order of steps."""
         return [self._records[step] for step in sorted(self._records)]
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Tell whether more than `limit` batches in a row were skipped."""
-        return self.in_a_row > self._limit
 
     def note(
         self,

@@ -63,6 +63,7 @@ class Saver:
             config_digest=config_digest(config),
             world_size=world_size(),
             metrics=self._curves.means_since_checkpoint(),
+            bad_ids=self._curves.bad_ids.copy(),
             unsent=self._curves.tracker.unsent(),
             versions=running_versions(),
         )
@@ -87,15 +88,16 @@ class Saver:
             )
         with found.fetch() as folder:
             restore(folder, self._state)
+        self._curves.bad_ids = found.progress.bad_ids.copy()
         if self._curves.tracker:
             self._curves.tracker.log_again(found.progress.unsent)
         return found.progress.step
 
-    def newest(self) -> str:
-        """Name the newest good checkpoint, `none` where there is none; waits for the writer."""
+    def newest(self, *, before: int) -> str:
+        """Name the newest good checkpoint of fewer steps than `before`; "" where there is none."""
         self._writer.wait()
-        found = self._store.newest_good()
-        return found.url if found else "none"
+        found = self._store.newest_good(before=before)
+        return found.url if found else ""
 
     def close(self) -> None:
         """Wait for the last checkpoint.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray.train
@@ -124,7 +124,7 @@ class Worker:
             steps_per_epoch=job.steps_per_epoch,
         )
         records = config.storage / config.name / "skipped" if self.rank == 0 else None
-        self.recorder = FlightRecorder(config.max_bad_steps, records)
+        self.recorder = FlightRecorder(records)
 
     def train(self) -> None:
         """Go through the plan from where the newest checkpoint left it."""
@@ -134,20 +134,26 @@ class Worker:
             longest = num_tokens(batch, pad_id=self.tokenizer.pad_id)
             with self.watchdog.part("collective"):
                 must_stop = self.is_asked_to_stop()
-                agreed = self.agreement.reach(step, longest=longest, must_stop=must_stop)
+                agreed = self.agreement.reach(
+                    step, longest=longest, num_bad=batch.num_bad, must_stop=must_stop
+                )
             with self.watchdog.part("step"):
                 outcome = self.train_step(batch, step, longest=agreed.longest)
             step += 1
-            self.curves.count(batch, busy_s=time.perf_counter() - started, waited_s=waited_s)
+            busy_s = time.perf_counter() - started
             ends_epoch = step % job.steps_per_epoch == 0 or step == job.num_steps
             with self.watchdog.part("collective"):
+                self.curves.count(batch, num_bad=agreed.num_bad, busy_s=busy_s, waited_s=waited_s)
                 if step % job.config.log_every == 0 or ends_epoch:
                     self.log(outcome, step)
                 if ends_epoch:
                     self.agreement.check_replicas(self.state.student)
                     self.curves.name_bad()
                     self.draw(batch, outcome, step)
-            if ends_epoch or agreed.must_stop or self.saver.is_due(step):
+            # Within a row of skipped batches nothing moves: a checkpoint would only push out one
+            # from before it.
+            is_due = self.saver.is_due(step) and not self.recorder.in_a_row
+            if ends_epoch or agreed.must_stop or is_due:
                 with self.watchdog.part("checkpoint"):
                     self.saver.save(step)
             self.watchdog.beat(step)
@@ -222,32 +228,46 @@ class Worker:
             InputError: more than `max_bad_steps` in a row.
         """
         is_finite = bool(torch.isfinite(loss + norm))
-        ids, captions = [], []
-        if not is_finite:
-            shares = gather_objects((batch.image_ids, batch.captions))
-            ids = [image_id for share, _ in shares for image_id in share]
-            captions = [caption for _, share in shares for caption in share]
+        shares = [] if is_finite else gather_objects((batch.image_ids, batch.captions))
         self.recorder.note(
             step,
             is_finite,
             loss=loss.item(),
             grad_norm=norm.item(),
-            image_ids=ids,
-            captions=captions,
+            image_ids=[image_id for ids, _ in shares for image_id in ids],
+            captions=[caption for _, captions in shares for caption in captions],
         )
-        if not is_finite and self.curves.tracker:
+        if is_finite:
+            return True
+        if self.curves.tracker:
             self.curves.tracker.log_dict(self.recorder.artifact(), "skipped_batches.json")
             self.job.board.note.remote(
                 f"step {step}: loss {loss:.3g}, gradient {norm:.3g}: the batch is skipped, its"
                 " pairs are in skipped_batches.json"
             )
-        if self.recorder.is_hopeless:
-            raise InputError(
-                f"step {step}: loss or gradient of {self.recorder.in_a_row} batches in a row is not"
-                " finite; their pairs are in skipped_batches.json. The newest good checkpoint is"
-                f" {self.saver.newest()}. Lower --lr, set --clip-norm 1, or take --precision fp32."
+        # Rank 0 alone has the records from before a restart.
+        in_a_row, *_ = gather_objects(self.recorder.in_a_row)
+        if in_a_row > self.job.config.max_bad_steps:
+            self.end_hopeless(step, in_a_row)
+        return False
+
+    def end_hopeless(self, step: int, in_a_row: int) -> NoReturn:
+        """End the training, with the checkpoint named from which another setting may go on."""
+        self.curves.settle()
+        # The weights of the last step before the row may be what ruined it: one whose next batch
+        # was finite is meant.
+        newest = self.saver.newest(before=step + 1 - in_a_row)
+        raise InputError(
+            f"step {step}: loss or gradient of {in_a_row} batches in a row is not finite; their"
+            " pairs are in skipped_batches.json. "
+            + (
+                f"The newest good checkpoint is {newest}: --resume it under another --name, with"
+                " --force and"
+                if newest
+                else "No checkpoint is older than they are: begin again under another --name, with"
             )
-        return is_finite
+            + " a lower --lr, --clip-norm 1, or --precision fp32."
+        )
 
     def alpha_of(self, step: int) -> float:
         """Give the weight of the teacher's soft targets at a step."""

@@ -11,32 +11,36 @@ from torch.multiprocessing.spawn import start_processes
 from pipelines.agreement import Agreed, Agreement, DisagreementError
 
 NUM_WORKERS = 2
-Told = tuple[int, int, bool]
-"""What one worker brings: its step, the tokens of its longest caption, whether to stop."""
+Told = tuple[int, int, int, bool]
+"""What one worker brings: step, tokens of the longest caption, bad pictures, whether to stop."""
 
 
 def test_alone_a_worker_agrees_with_itself() -> None:
-    agreed = Agreement().reach(7, longest=12, must_stop=True)
-    assert agreed == Agreed(longest=12, must_stop=True)
+    agreed = Agreement().reach(7, longest=12, num_bad=3, must_stop=True)
+    assert agreed == Agreed(longest=12, num_bad=3, must_stop=True)
 
 
 @pytest.mark.slow
-def test_workers_share_the_longest_caption_and_the_wish_to_stop(tmp_path: Path) -> None:
+def test_workers_share_what_their_batches_hold_and_the_wish_to_stop(
+    tmp_path: Path,
+) -> None:
     first, second, third = council(
         tmp_path,
-        [(4, 9, False), (4, 12, False)],
-        [(5, 30, False), (5, 7, False)],
-        [(6, 8, True), (6, 8, False)],
+        [(4, 9, 0, False), (4, 12, 0, False)],
+        [(5, 30, 2, False), (5, 7, 1, False)],
+        [(6, 8, 0, True), (6, 8, 1, False)],
     )
-    assert first == [{"longest": 12, "must_stop": False}] * NUM_WORKERS
-    assert second == [{"longest": 30, "must_stop": False}] * NUM_WORKERS
-    assert third == [{"longest": 8, "must_stop": True}] * NUM_WORKERS
+    assert first == [{"longest": 12, "num_bad": 0, "must_stop": False}] * NUM_WORKERS
+    assert second == [{"longest": 30, "num_bad": 3, "must_stop": False}] * NUM_WORKERS
+    assert third == [{"longest": 8, "num_bad": 1, "must_stop": True}] * NUM_WORKERS
 
 
 @pytest.mark.slow
 def test_workers_at_different_steps_all_stop_and_each_is_named(tmp_path: Path) -> None:
-    agreed, apart = council(tmp_path, [(3, 9, False), (3, 9, False)], [(4, 9, False), (5, 9, True)])
-    assert agreed == [{"longest": 9, "must_stop": False}] * NUM_WORKERS
+    agreed, apart = council(
+        tmp_path, [(3, 9, 0, False), (3, 9, 0, False)], [(4, 9, 0, False), (5, 9, 0, True)]
+    )
+    assert agreed == [{"longest": 9, "num_bad": 0, "must_stop": False}] * NUM_WORKERS
     sentence = (
         "workers 0 to 1 are at steps [4, 5], not at the same one."
         " They start again from the newest checkpoint."
@@ -57,9 +61,9 @@ def _worker(rank: int, rounds: tuple[list[Told], ...], out: Path) -> None:
     )
     agreement, answers = Agreement(), []
     for told in rounds:
-        step, longest, must_stop = told[rank]
+        step, longest, num_bad, must_stop = told[rank]
         try:
-            agreed = agreement.reach(step, longest=longest, must_stop=must_stop)
+            agreed = agreement.reach(step, longest=longest, num_bad=num_bad, must_stop=must_stop)
         except DisagreementError as error:
             answers.append({"error": str(error)})
         else:

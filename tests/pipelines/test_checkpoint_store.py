@@ -45,6 +45,7 @@ def progress_at(step: int, **metrics: float) -> Progress:
         config_digest="digest",
         world_size=2,
         metrics=metrics,
+        bad_ids=[],
         unsent=[{"key": "loss", "value": 0.5, "step": step}],
         versions={"torch": "2"},
     )

@@ -1,8 +1,6 @@
 import json
 import math
 
-import pytest
-
 from pipelines.flight_recorder import FlightRecorder
 
 
@@ -18,7 +16,7 @@ def note(recorder, step, *, is_finite=False, loss=math.nan):
 
 
 def test_a_skipped_batch_is_recorded_with_its_pairs_in_plain_json():
-    recorder = FlightRecorder(3, None)
+    recorder = FlightRecorder(None)
     note(recorder, 6, is_finite=True, loss=2.0)
     note(recorder, 7)
     body = json.loads(json.dumps(recorder.artifact(), allow_nan=False))
@@ -37,28 +35,13 @@ def test_a_skipped_batch_is_recorded_with_its_pairs_in_plain_json():
 
 
 def test_a_finite_loss_stays_a_number_when_only_the_gradient_is_bad():
-    recorder = FlightRecorder(3, None)
+    recorder = FlightRecorder(None)
     note(recorder, 0, loss=2.5)
     assert recorder.skipped[0]["loss"] == 2.5
 
 
-@pytest.mark.parametrize(("limit", "num_bad", "is_hopeless"), [(2, 2, False), (2, 3, True)])
-def test_more_than_the_limit_in_a_row_is_hopeless(limit, num_bad, is_hopeless):
-    recorder = FlightRecorder(limit, None)
-    for step in range(num_bad):
-        note(recorder, step)
-    assert recorder.in_a_row == num_bad
-    assert recorder.is_hopeless is is_hopeless
-
-
-def test_with_a_limit_of_zero_the_first_is_one_too_many():
-    recorder = FlightRecorder(0, None)
-    note(recorder, 5)
-    assert recorder.is_hopeless
-
-
 def test_a_finite_step_ends_the_row_and_keeps_the_records():
-    recorder = FlightRecorder(1, None)
+    recorder = FlightRecorder(None)
     for step in (0, 1, 3):
         note(recorder, step)
         note(recorder, 2, is_finite=True)
@@ -68,7 +51,7 @@ def test_a_finite_step_ends_the_row_and_keeps_the_records():
 
 
 def test_a_replayed_step_has_one_record(tmp_path):
-    recorder = FlightRecorder(9, tmp_path)
+    recorder = FlightRecorder(tmp_path)
     for step in (3, 4, 3, 4):
         note(recorder, step)
     assert [record["step"] for record in recorder.skipped] == [3, 4]
@@ -76,20 +59,19 @@ def test_a_replayed_step_has_one_record(tmp_path):
 
 
 def test_a_resumed_training_counts_on_where_the_killed_one_was(tmp_path):
-    killed = FlightRecorder(3, tmp_path / "skipped")
+    killed = FlightRecorder(tmp_path / "skipped")
     for step in (1, 10, 11, 12):
         note(killed, step)
-    resumed = FlightRecorder(3, tmp_path / "skipped")
+    resumed = FlightRecorder(tmp_path / "skipped")
     assert resumed.artifact() == killed.artifact()
-    assert not resumed.is_hopeless
     note(resumed, 12)  # repeated from the checkpoint after step 11
     assert resumed.in_a_row == 3
     note(resumed, 13)
-    assert resumed.is_hopeless
+    assert resumed.in_a_row == 4
 
 
 def test_a_step_that_is_finite_when_repeated_loses_its_record(tmp_path):
-    note(FlightRecorder(3, tmp_path), 5)
-    resumed = FlightRecorder(3, tmp_path)
+    note(FlightRecorder(tmp_path), 5)
+    resumed = FlightRecorder(tmp_path)
     note(resumed, 5, is_finite=True)
-    assert resumed.skipped == FlightRecorder(3, tmp_path).skipped == []
+    assert resumed.skipped == FlightRecorder(tmp_path).skipped == []

@@ -17,6 +17,7 @@ from pipelines.config import EvaluateConfig, PretrainConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval
 from pipelines.presets import tiny
+from pipelines.tracking import RunHandle
 from pipelines.train import PretrainResult, pretrain
 from tests.conftest import SmallCorpus
 
@@ -210,6 +211,12 @@ def test_too_many_rotten_pictures_stop_the_run_with_their_number(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     corpus = make_corpus(200, broken=range(0, 200, 2))
-    config = small_run(corpus.folder, tmp_path, workers=1, batch_size=100, max_bad_share=0.1)
+    config = small_run(corpus.folder, tmp_path, batch_size=100, max_bad_share=0.1)
     with pytest.raises(InputError, match=r"--max-bad-share 0\.1"):
         pretrain(config)
+    handle = RunHandle.of(tmp_path / "runs" / "run")
+    assert handle is not None
+    names = MlflowClient(handle.uri).download_artifacts(
+        handle.run_id, "bad_images.json", str(tmp_path)
+    )
+    assert len(json.loads(Path(names).read_text())["did_not_decode"]) == 100
