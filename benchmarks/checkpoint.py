@@ -24,7 +24,7 @@ from albef_core.optim import adamw
 from albef_core.pretraining import pretraining_step
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
-from benchmarks.step import _machine, _random_batch
+from benchmarks.step import machine_name, random_batch
 from pipelines.checkpoint import Snapshotter, TrainState, write_snapshot
 from pipelines.checkpoint_files import Progress
 from pipelines.checkpoint_store import CheckpointStore
@@ -103,7 +103,7 @@ def measure(options: Options) -> dict[str, object]:
         "checkpoint_mb": round(store.num_bytes / 1e6, 1),
         "writer_mb_per_s": round(store.num_bytes / 1e6 / statistics.median(store.seconds)),
         "threads": torch.get_num_threads(),
-        "machine": _machine(device),
+        "machine": machine_name(device),
     }
 
 
@@ -174,7 +174,7 @@ def _new_state(config: PretrainConfig, device: torch.device) -> TrainState:
 def _stepper(
     state: TrainState, config: PretrainConfig, options: Options, device: torch.device
 ) -> Callable[[], None]:
-    batch = _random_batch(
+    batch = random_batch(
         options.batch_size,
         config.model.image_size,
         config.text.max_tokens,

@@ -57,7 +57,7 @@ def measure(options: Options) -> dict[str, object]:
     teacher = Teacher(sizes, student).eval()
     queues = Queues(sizes, config.objective, config.recipe).to(device)
     optimizer = adamw(student, config.optim, decay_weights_only=config.recipe.decay_weights_only)
-    batch = _random_batch(
+    batch = random_batch(
         options.batch_size, sizes.image_size, config.text.max_tokens, sizes.vocab_size, device
     )
     seconds, loss = [], math.nan
@@ -84,13 +84,14 @@ def measure(options: Options) -> dict[str, object]:
         "loss": round(loss, 4),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "machine": _machine(device),
+        "machine": machine_name(device),
     }
 
 
-def _random_batch(
+def random_batch(
     num_pairs: int, image_size: int, num_tokens: int, vocab_size: int, device: torch.device
 ) -> PairBatch:
+    """Make pairs of noise, 15 % of whose words are masked."""
     words = torch.randint(1000, vocab_size, (num_pairs, num_tokens), device=device)
     is_scored = torch.rand(words.shape, device=device) < 0.15
     return PairBatch(
@@ -109,7 +110,8 @@ def _peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _machine(device: torch.device) -> str:
+def machine_name(device: torch.device) -> str:
+    """Say what a measurement was made on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} CPUs"

@@ -30,6 +30,7 @@ class ProgressBoard:
         self.refusal = ""
         self.notes: list[str] = []
         self.must_stop = False
+        self.must_save = False
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Note that `step` steps are done."""
@@ -60,9 +61,21 @@ class ProgressBoard:
         """Ask the workers to leave a checkpoint and end."""
         self.must_stop = True
 
-    def is_stopping(self) -> bool:
-        """Tell whether `stop` was called."""
-        return self.must_stop
+    def ask_checkpoint(self) -> None:
+        """Ask the workers to leave a checkpoint and go on."""
+        self.must_save = True
+
+    def wants_checkpoint(self) -> bool:
+        """Tell whether `ask_checkpoint` still waits for `note_checkpoint`."""
+        return self.must_save
+
+    def note_checkpoint(self) -> None:
+        """Note that the checkpoint asked for is written."""
+        self.must_save = False
+
+    def read_wishes(self) -> tuple[bool, bool]:
+        """Tell whether the workers are asked to stop, and whether for a checkpoint."""
+        return self.must_stop, self.must_save
 
 
 def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, total: int) -> Result:

@@ -99,6 +99,10 @@ class Saver:
         found = self._store.newest_good(before=before)
         return found.url if found else ""
 
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        self._writer.wait()
+
     def close(self) -> None:
         """Wait for the last checkpoint.
 

@@ -23,6 +23,7 @@ from pipelines.manifest import read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.progress import ProgressBoard, run_with_progress
+from pipelines.resizing import SaveBeforeResizing
 from pipelines.resume import (
     CONFIG_FILE,
     CORPUS_FILE,
@@ -141,6 +142,7 @@ def _fit(job: TrainJob, *, on_gpu: bool) -> None:
             name=config.name,
             storage_path=str(config.storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[SaveBeforeResizing(job.board)],  # pyright: ignore[reportArgumentType]  # Ray takes its own kinds too
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
     )

@@ -133,7 +133,7 @@ class Worker:
             started = time.perf_counter()
             longest = num_tokens(batch, pad_id=self.tokenizer.pad_id)
             with self.watchdog.part("collective"):
-                must_stop = self.is_asked_to_stop()
+                must_stop, must_save = self.read_wishes()
                 agreed = self.agreement.reach(
                     step, longest=longest, num_bad=batch.num_bad, must_stop=must_stop
                 )
@@ -153,9 +153,12 @@ class Worker:
             # Within a row of skipped batches nothing moves: a checkpoint would only push out one
             # from before it.
             is_due = self.saver.is_due(step) and not self.recorder.in_a_row
-            if ends_epoch or agreed.must_stop or is_due:
+            if ends_epoch or agreed.must_stop or must_save or is_due:
                 with self.watchdog.part("checkpoint"):
                     self.saver.save(step)
+                    if must_save:
+                        self.saver.wait()
+                        job.board.note_checkpoint.remote()
             self.watchdog.beat(step)
             if agreed.must_stop:
                 break
@@ -300,9 +303,9 @@ class Worker:
         tracker = self.curves.tracker
         log_pictures(tracker, batch, outcome, self.tokenizer, places=places, step=step)
 
-    def is_asked_to_stop(self) -> bool:
-        """Tell whether the driver wants an end; rank 0 asks for all."""
-        return self.rank == 0 and ray.get(self.job.board.is_stopping.remote())
+    def read_wishes(self) -> tuple[bool, bool]:
+        """Tell whether the driver wants an end, and whether a checkpoint; rank 0 asks for all."""
+        return ray.get(self.job.board.read_wishes.remote()) if self.rank == 0 else (False, False)
 
     def give_up(self, sentence: str) -> None:
         """End this process, stuck as it is, so that Ray Train starts the workers again."""

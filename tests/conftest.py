@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from albef_core.config import TextConfig
 from albef_core.tokenizer import Tokenizer
@@ -36,6 +37,13 @@ RAY_WARNINGS = (
     # Ray 2.60 sets its own deprecated options whenever it makes a data set's context.
     r"ignore:`(use_\w+|target_shuffle_max_block_size)` is deprecated",
 )
+
+
+# Other processes share the cores, so how long a case takes says nothing.
+settings.register_profile(
+    "busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy-machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,18 +4,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF
 from albef_core.teacher import Teacher
-
-# Other processes share the cores, so how long a case takes says nothing.
-settings.register_profile(
-    "busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("busy-machine")
 
 NUM_TOKENS = 6
 CLS, SEP, MASK = 1, 2, 3
