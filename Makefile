@@ -24,7 +24,7 @@ check: $(READY)  ## format, lint, types, import contracts and spelling, in under
 	$(BIN)/typos
 
 test: $(READY)  ## every test that this machine can run, and why the others are skipped
-	$(BIN)/pytest -ra
+	$(BIN)/pytest -ra --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)  ## measure a training step
 	$(BIN)/python -m benchmarks.step

@@ -198,15 +198,25 @@ def format_recipe(recipe: Recipe) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The three losses, the teacher and momentum distillation (sections 3.2 and 3.3)."""
+class DistillConfig:
+    """The teacher and momentum distillation (section 3.3)."""
 
     alpha: float = 0.4
-    """Weight of the teacher's soft targets in ITC and MLM, 0 to 1. The paper: 0.4."""
+    """Weight of the teacher's soft targets in the losses, 0 to 1. The paper: 0.4."""
     alpha_ramp_epochs: float = 1.0
     """Epochs over which alpha rises linearly from 0. The paper: 1."""
     teacher_momentum: float = 0.995
     """Decay of the teacher's moving average per step. The paper: 0.995."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", "teacher_momentum", high=1.0)
+        check_range(self, "alpha_ramp_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(DistillConfig):
+    """The three losses of pre-training and its queues (section 3.2), beside the teacher."""
+
     num_slots: int = 65536
     """Slots Q of each feature queue. The paper: 65,536."""
     temperature: float = 0.07
@@ -215,9 +225,9 @@ class ObjectiveConfig:
     """Share of tokens that MLM masks: 80 % become [MASK], 10 % a random word, 10 % stay."""
 
     def __post_init__(self) -> None:
-        check_range(self, "alpha", "teacher_momentum", "mask_share", high=1.0)
+        super().__post_init__()
+        check_range(self, "mask_share", high=1.0)
         check_range(self, "temperature", low=0.001, high=0.5)
-        check_range(self, "alpha_ramp_epochs")
         check_counts(self, "num_slots")
 
 

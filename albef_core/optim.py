@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from albef_core.config import OptimConfig
-from albef_core.model import ALBEF
 
 NOT_WEIGHTS = ("temperature", "cls_token", "pos_embed", "position_embeddings", "type_embeddings")
 
 
-def adamw(model: ALBEF, config: OptimConfig, *, decay_weights_only: bool) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: OptimConfig, *, decay_weights_only: bool) -> torch.optim.AdamW:
     """Build AdamW with weight decay on matrices only.
 
     No decay on biases and norms, as published; with `decay_weights_only` none either on the

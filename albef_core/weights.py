@@ -67,7 +67,8 @@ def save_model(
 ) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(official_state(model, model_config), folder / "model.safetensors")
+    state = official_state(model, text_layers=model_config.text_layers)
+    save_file(state, folder / "model.safetensors")
     config = {"format": FORMAT, "model": asdict(model_config), "text": asdict(text_config)}
     text = json.dumps(config | {"recipe": asdict(recipe)}, indent=2)
     (folder / "config.json").write_text(text + "\n")
@@ -133,16 +134,17 @@ def _read_config(path: Path) -> tuple[ModelConfig, TextConfig, Recipe]:
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
-def official_state(model: nn.Module, config: ModelConfig, *, prefix: str = "") -> dict[str, Tensor]:
+def official_state(model: nn.Module, *, text_layers: int, prefix: str = "") -> dict[str, Tensor]:
     """Give a student's or teacher's weights their official names, each tensor once and on the CPU.
 
-    `prefix` is `teacher.` for a teacher. What the official files repeat (the decoder that is the
-    word embedding) or can be counted out (position ids) is left away.
+    `text_layers` is how many layers the text encoder has, `prefix` is `teacher.` for a teacher.
+    What the official files repeat (the decoder that is the word embedding) or can be counted out
+    (position ids) is left away.
     """
     parameters = {
         prefix + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()
     }
-    official = to_official(parameters, text_layers=config.text_layers)
+    official = to_official(parameters, text_layers=text_layers)
     repeated = ("position_ids", "cls.predictions.bias")
     return {key: tensor for key, tensor in official.items() if not key.endswith(repeated)}
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from pipelines.checkpoint_store import CheckpointStore
 from pipelines.checkpoint_writer import BackgroundWriter
 from pipelines.config import PretrainConfig
 from pipelines.presets import PRETRAIN
+from pipelines.pretraining_task import save_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,8 @@ class _Checkpoints:
         self.blocked_s: list[float] = []
         self._config, self._snapshotter = config, Snapshotter(state)
         words = ("".join(letters) for letters in product("abcdefghijklmnop", repeat=3))
-        self._tokenizer = Tokenizer.learn(words, vocab_size=config.model.vocab_size)
+        tokenizer = Tokenizer.learn(words, vocab_size=config.model.vocab_size)
+        self._save = partial(save_student, config=config, tokenizer=tokenizer)
 
     def save(self, step: int) -> None:
         """Take a snapshot, and let it be written while steps go on."""
@@ -148,7 +151,13 @@ class _Checkpoints:
         snapshot = self._snapshotter.take()
 
         def fill(folder: Path) -> None:
-            write_snapshot(snapshot, folder, config=self._config, tokenizer=self._tokenizer)
+            write_snapshot(
+                snapshot,
+                folder,
+                config=self._config,
+                text_layers=self._config.model.text_layers,
+                save=self._save,
+            )
 
         self.writer.save(_progress(step), fill)
         self.blocked_s.append(time.perf_counter() - started)
@@ -183,19 +192,22 @@ def _stepper(
     )
     momentum = config.objective.teacher_momentum
 
+    student, teacher, queues = state.student, state.teacher, state.queues
+    assert isinstance(student, ALBEF)
+    assert isinstance(teacher, Teacher)
+    assert queues is not None
+
     def step() -> None:
-        state.student.clamp_temperature()
-        state.teacher.follow(state.student, momentum=momentum)
+        student.clamp_temperature()
+        teacher.follow(student, momentum=momentum)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
             outcome = pretraining_step(
-                state.student, state.teacher, state.queues, batch, alpha=0.4, recipe=config.recipe
+                student, teacher, queues, batch, alpha=0.4, recipe=config.recipe
             )
         state.optimizer.zero_grad()
         outcome.loss.backward()
         state.optimizer.step()
-        state.queues.push(
-            outcome.teacher_image_features, outcome.teacher_text_features, batch.image_ids
-        )
+        queues.push(outcome.teacher_image_features, outcome.teacher_text_features, batch.image_ids)
         outcome.loss.item()  # waits for the device
 
     return step

@@ -15,10 +15,10 @@ from albef_core.config import TextConfig
 from albef_core.tokenizer import Tokenizer
 from pipelines.cluster import connect
 from pipelines.config import AugmentConfig
-from pipelines.feed import FeedBatch, batches
+from pipelines.feed import batches
 from pipelines.manifest import read_captions, read_manifest
 from pipelines.order import steps_per_epoch
-from pipelines.pairs import FeedSpec, open_corpus, prepare_block
+from pipelines.pairs import FeedBatch, FeedSpec, open_corpus, prepare_block
 
 LONG_STEPS = 10_000
 """Steps that a training has before it; the feed plans ahead for them."""

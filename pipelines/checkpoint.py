@@ -4,6 +4,7 @@ A checkpoint is also a model folder: `albef_core.weights.load_model` reads it.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,44 +15,44 @@ from torch import Tensor, nn
 
 from albef_core.errors import InputError
 from albef_core.feature_queue import Queues
-from albef_core.model import ALBEF
 from albef_core.official import from_official
-from albef_core.teacher import Teacher
-from albef_core.tokenizer import Tokenizer
-from albef_core.weights import (
-    apply_weights,
-    official_state,
-    read_official,
-    read_tensors,
-    save_model,
-)
-from pipelines.config import PretrainConfig
+from albef_core.weights import apply_weights, official_state, read_official, read_tensors
+from pipelines.config import TrainConfig
 from pipelines.config_file import write_config
 
 TEACHER, QUEUES = "teacher.", "queues."
 """Of names in `teacher.safetensors`: the teacher's weights under official keys, the queues under
 ours, because the official code keeps neither their ids nor what is valid."""
 
+TRAINING_CONFIG = "training.json"
+"""The config of the training, beside the model's own."""
+
 Module = TypeVar("Module", bound=nn.Module)
+SaveStudent = Callable[[Path, Any], None]
+"""Writes the model folder of a student."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The parts of a training that change with every step."""
 
-    student: ALBEF
-    teacher: Teacher
-    queues: Queues
+    student: nn.Module
+    teacher: nn.Module
+    queues: Queues | None
     optimizer: torch.optim.Optimizer
+
+    def modules(self) -> list[nn.Module]:
+        """List student, teacher and, where there are any, queues."""
+        return [part for part in (self.student, self.teacher, self.queues) if part is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A training as it was after one step, on the CPU; holds until its owner takes the next."""
 
-    student: ALBEF
-    teacher: Teacher
-    queues: Queues
+    student: nn.Module
+    teacher: nn.Module
+    queues: Queues | None
     optimizer: dict[str, Any]
     """The optimizer's state dict."""
     number: int
@@ -77,7 +78,7 @@ class Snapshotter:
         self._state = state
         self._student = _twin(state.student)
         self._teacher = _twin(state.teacher)
-        self._queues = _twin(state.queues)
+        self._queues = None if state.queues is None else _twin(state.queues)
         self._moments: dict[tuple[int, str], Tensor] = {}
         self.num_taken = 0
 
@@ -85,14 +86,14 @@ class Snapshotter:
     def take(self) -> Snapshot:
         """Copy every tensor of the training: the one part of a checkpoint that stops it."""
         self.num_taken += 1
-        state = self._state
-        twins = (self._student, self._teacher, self._queues)
-        for twin, module in zip(twins, (state.student, state.teacher, state.queues), strict=True):
+        twins = [part for part in (self._student, self._teacher, self._queues) if part is not None]
+        for twin, module in zip(twins, self._state.modules(), strict=True):
             for copied, tensor in zip(_tensors(twin), _tensors(module), strict=True):
                 copied.copy_(tensor, non_blocking=True)
         optimizer = self._copy_optimizer()
-        if state.student.temperature.is_cuda:
-            torch.cuda.synchronize(state.student.temperature.device)
+        first = next(self._state.student.parameters())
+        if first.is_cuda:
+            torch.cuda.synchronize(first.device)
         return Snapshot(
             student=self._student,
             teacher=self._teacher,
@@ -116,26 +117,21 @@ class Snapshotter:
 
 
 def write_snapshot(
-    snapshot: Snapshot, folder: Path, *, config: PretrainConfig, tokenizer: Tokenizer
+    snapshot: Snapshot, folder: Path, *, config: TrainConfig, text_layers: int, save: SaveStudent
 ) -> None:
     """Write a snapshot's files into a folder; training may go on meanwhile.
 
-    Raises RuntimeError when the next snapshot is taken before all is written.
+    `text_layers` is how many layers the text encoder has, which the official names count. Raises
+    RuntimeError when the next snapshot is taken before all is written.
     """
     snapshot.check()
-    save_model(
-        folder,
-        snapshot.student,
-        model_config=config.model,
-        text_config=config.text,
-        recipe=config.recipe,
-        tokenizer=tokenizer,
-    )
-    moving = official_state(snapshot.teacher, config.model, prefix=TEACHER)
-    moving |= {QUEUES + name: tensor for name, tensor in snapshot.queues.state_dict().items()}
+    save(folder, snapshot.student)
+    moving = official_state(snapshot.teacher, text_layers=text_layers, prefix=TEACHER)
+    if snapshot.queues is not None:
+        moving |= {QUEUES + name: tensor for name, tensor in snapshot.queues.state_dict().items()}
     save_file(moving, folder / "teacher.safetensors")
     torch.save(snapshot.optimizer, folder / "optimizer.pt")
-    write_config(config, folder / "pretrain.json")
+    write_config(config, folder / TRAINING_CONFIG)
     snapshot.check()
 
 
@@ -156,13 +152,14 @@ def restore(folder: Path, state: TrainState) -> None:
     # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     try:
-        state.queues.load_state_dict(queues)
+        if state.queues is not None:
+            state.queues.load_state_dict(queues)
         state.optimizer.load_state_dict(saved)
     except (RuntimeError, ValueError) as error:  # how torch reports other sizes and other groups
         reason = " ".join(str(error).split())
         raise InputError(
             f"{folder}: does not fit this training ({reason})."
-            " Go on with the config that it was made with: its pretrain.json."
+            " Go on with the config that it was made with: its training.json."
         ) from error
 
 

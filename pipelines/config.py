@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from albef_core.config import (
+    DistillConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -70,8 +71,8 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Pre-train ALBEF on a corpus; every size and rate of the paper is a field."""
+class TrainConfig:
+    """What every training has: data, length, workers, checkpoints, tracking."""
 
     corpus: Path
     """Corpus folder, as written by jobs/ingest.py."""
@@ -84,7 +85,7 @@ class PretrainConfig:
     epochs: int | None = None
     """Passes over the corpus; or give --steps. Default: the preset's."""
     batch_size: int = 512
-    """Pairs in a global batch, over all workers. The paper: 512."""
+    """Pairs in a global batch, over all workers. The paper: 512 in pre-training."""
     workers: int = 1
     """Train workers, each with its share of the batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -93,26 +94,16 @@ class PretrainConfig:
     """bf16 autocasts the encoders; similarities, softmax and losses stay in fp32."""
     seed: int = 0
     """Seed of the weights, the data order and every random choice."""
-    image_weights: str = "deit_base_patch16_224"
-    """Starting weights of the image encoder: a timm name on the hub, a local file or folder, or
-    `random`."""
-    text_weights: str = "bert-base-uncased"
-    """Starting weights of text and multimodal encoder: a hub name, a local file or folder, or
-    `random`."""
     init: str = ""
-    """Start from a whole ALBEF checkpoint instead: a folder of ours or an official `ALBEF.pth`."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    """Start from a whole ALBEF checkpoint: a folder of ours, an official `ALBEF.pth` or a registry
+    URI such as `models:/albef-pretrain/1`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: DistillConfig = field(default_factory=DistillConfig)
     recipe: Recipe = field(default_factory=Recipe)
     optim: OptimConfig = field(default_factory=OptimConfig)
     micro_batch_size: int | None = None
     """Pairs that a worker holds activations of at once; the gradient stays that of the whole
     batch, for one more forward pass. Default: the worker's whole share."""
-    caption_policy: Literal["random", "all"] = "random"
-    """Which of an image's captions an epoch takes: `random`, or `all` of them in turn, one an
-    epoch."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, beside those by time and at the ends of epochs."""
     checkpoint_minutes: float = 15.0
@@ -170,6 +161,37 @@ class PretrainConfig:
         check_range(self, "step_timeout_s", low=1.0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
         check_range(self, "max_bad_share", high=1.0)
+        if self.batch_size < self.workers:
+            raise InputError(
+                f"--batch-size {self.batch_size} leaves some of --workers {self.workers} without a"
+                " pair. Take fewer workers, or a larger batch."
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise InputError(
+                f"--min-workers {self.min_workers} is more than --workers {self.workers}."
+                " Lower it: --workers is the most that are used."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Pre-train ALBEF on a corpus; every size and rate of the paper is a field."""
+
+    image_weights: str = "deit_base_patch16_224"
+    """Starting weights of the image encoder where no --init is given: a timm name on the hub, a
+    local file or folder, or `random`."""
+    text_weights: str = "bert-base-uncased"
+    """Starting weights of text and multimodal encoder where no --init is given: a hub name, a
+    local file or folder, or `random`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    caption_policy: Literal["random", "all"] = "random"
+    """Which of an image's captions an epoch takes: `random`, or `all` of them in turn, one an
+    epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.text.max_tokens > self.model.max_positions:
             raise InputError(
                 f"--max-tokens {self.text.max_tokens} is more than --max-positions"
@@ -180,16 +202,6 @@ class PretrainConfig:
                 f"--batch-size {self.batch_size} with --workers {self.workers} leaves a worker one"
                 " pair, which has no negative, and the recipe has guard_empty=false."
                 " Take a larger batch."
-            )
-        if self.batch_size < self.workers:
-            raise InputError(
-                f"--batch-size {self.batch_size} leaves some of --workers {self.workers} without a"
-                " pair. Take fewer workers, or a larger batch."
-            )
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise InputError(
-                f"--min-workers {self.min_workers} is more than --workers {self.workers}."
-                " Lower it: --workers is the most that are used."
             )
 
 

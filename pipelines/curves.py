@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,11 @@ import torch
 
 from albef_core.distributed import gather_objects, mean_over_workers
 from albef_core.errors import InputError
-from pipelines.feed import FeedBatch
 from pipelines.tracking import Tracker
 
 MIN_PAIRS_TO_JUDGE = 1000
 """Pairs read before the share of undecodable pictures may stop a run."""
 SENDING_TIMEOUT_S = 30.0
-SHOWN = ("train/loss/itc", "train/loss/itm", "train/loss/mlm", "train/pairs_per_s")
-"""Curves beside the progress bar."""
 
 
 @dataclass(kw_only=True)
@@ -27,6 +25,8 @@ class Curves:
     """On rank 0 only."""
     board: Any
     """The driver's ProgressBoard."""
+    shown: Sequence[str]
+    """Curves beside the progress bar."""
     batch_size: int
     corpus: str
     max_bad_share: float
@@ -38,13 +38,15 @@ class Curves:
     waited_s: float = 0.0
     since_checkpoint: dict[str, list[float]] = field(default_factory=dict)
 
-    def count(self, batch: FeedBatch, *, num_bad: int, busy_s: float, waited_s: float) -> None:
-        """Add one batch, whose shares on all workers hold `num_bad` pictures that did not decode.
+    def count(
+        self, bad_ids: Sequence[str], *, num_bad: int, busy_s: float, waited_s: float
+    ) -> None:
+        """Add one batch, in which `bad_ids` did not decode here, and `num_bad` on all workers.
 
         Where there is one, a collective.
         """
         if num_bad:
-            self.bad_ids += [image_id for ids in gather_objects(batch.bad_ids) for image_id in ids]
+            self.bad_ids += [image_id for ids in gather_objects(bad_ids) for image_id in ids]
         self.num_pairs += self.batch_size
         self.busy_s, self.waited_s = self.busy_s + busy_s, self.waited_s + waited_s
 
@@ -72,7 +74,7 @@ class Curves:
         }
         if self.tracker:
             self.tracker.log(curves, step)
-            self.board.write.remote(step, {name: curves[name] for name in SHOWN})
+            self.board.write.remote(step, {name: curves[name] for name in self.shown})
             for name, value in curves.items():
                 self.since_checkpoint.setdefault(name, []).append(value)
         self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0

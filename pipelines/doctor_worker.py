@@ -17,8 +17,9 @@ from albef_core.batch import PairBatch
 from pipelines.config import PretrainConfig
 from pipelines.doctor_bench import Bench, Numbers
 from pipelines.doctor_memory import Room
-from pipelines.feed import FeedBatch, batches
+from pipelines.feed import batches
 from pipelines.inputs import feed_spec, num_tokens, to_device
+from pipelines.pairs import FeedBatch
 
 FEED_STEPS = 400
 """Steps that the trial feed is planned for; planning costs a millisecond each."""

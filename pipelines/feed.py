@@ -1,8 +1,8 @@
 """The batches of one train worker, in the plan's order, made by Ray Data tasks.
 
 Each worker builds its own data sets inside the training function: no coordinator, no uneven split,
-and a start at any step is arithmetic. Which pairs a step holds is the matter of order.py, what
-a pair looks like that of pairs.py.
+and a start at any step is arithmetic. Which items a step holds is the matter of order.py, what
+an item looks like that of its spec: pairs.py, examples.py.
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import ray.data
@@ -21,7 +21,6 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from albef_core.errors import InputError
 from albef_core.shares import share_of
 from pipelines.order import steps_per_epoch
-from pipelines.pairs import FeedSpec, open_corpus, prepare_block
 
 BLOCKS_PER_SEGMENT = 500
 """Blocks of one Ray data set: planning costs about a millisecond a block before any runs."""
@@ -36,6 +35,41 @@ SCHEDULER_PAUSE_S = 0.02
 """Pause between two rounds of a data set's scheduler; a block takes ten times as long to make."""
 
 Block = dict[str, NDArray[Any]]
+Batch_co = TypeVar("Batch_co", covariant=True)
+
+
+class Spec(Protocol[Batch_co]):
+    """All that a task needs to make any item of the run; small, and the same for every worker."""
+
+    @property
+    def batch_size(self) -> int:
+        """Items in a global batch, over all workers."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the finished pictures in pixels."""
+        ...
+
+    @property
+    def rows_per_block(self) -> int:
+        """Most items that one task prepares."""
+        ...
+
+    def count(self) -> int:
+        """Count the items of an epoch."""
+        ...
+
+    def prepare(self, *, step: int, start: int, stop: int) -> Block:
+        """Make items start to stop of the global batch of one step: a column a field.
+
+        Columns `step` and `position` say which they are.
+        """
+        ...
+
+    def collect(self, step: int, epoch: int, columns: Block) -> Batch_co:
+        """Make a worker's batch of the columns of its items."""
+        ...
 
 
 class Pace(ExecutionCallback):
@@ -55,37 +89,8 @@ class FeedOrderError(RuntimeError):
     """A batch arrived that is not the one that the plan names."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeedBatch:
-    """One worker's share of one global step; the arrays may be read-only views of shared memory."""
-
-    step: int
-    """Global step, from 0 over all epochs."""
-    epoch: int
-    images: NDArray[np.uint8]
-    """Augmented pictures (B, S, S, 3)."""
-    token_ids: NDArray[np.int32]
-    """Captions (B, L), padded to `max_tokens`."""
-    masked_ids: NDArray[np.int32]
-    """The captions with some words replaced (B, L)."""
-    mlm_labels: NDArray[np.int32]
-    """The original id where MLM is scored, -100 elsewhere (B, L)."""
-    image_keys: NDArray[np.int64]
-    """`pairs.image_key` of every picture (B)."""
-    image_ids: list[str]
-    captions: list[str]
-    """The chosen captions as they are in the corpus."""
-    bad_ids: list[str]
-    """Images that were due and would not decode; the next one in the order stands in for each."""
-
-    @property
-    def num_bad(self) -> int:
-        """Count the pictures that would not decode."""
-        return len(self.bad_ids)
-
-
 def batches(
-    spec: FeedSpec,
+    spec: Spec[Batch_co],
     *,
     start_step: int,
     stop_step: int,
@@ -93,18 +98,18 @@ def batches(
     world_size: int,
     task_cpus: float,
     cpu_limit: float,
-) -> Iterator[FeedBatch]:
+) -> Iterator[Batch_co]:
     """Iterate over one worker's batches of steps start to stop, inside the training function.
 
-    Worker `rank` receives `share_of` the pairs of every global batch, in their order. Nothing
+    Worker `rank` receives `share_of` the items of every global batch, in their order. Nothing
     before `start_step` is read. Steps count on over epochs: epoch = step // steps_per_epoch.
 
     Args:
-        spec: what a pair looks like; the same on all workers.
+        spec: what an item looks like; the same on all workers.
         start_step: first global step.
         stop_step: the step after the last one.
         rank: number of this worker.
-        world_size: workers, at most one a pair.
+        world_size: workers, at most one an item.
         task_cpus: logical CPUs of one decoding task.
         cpu_limit: logical CPUs that this worker's tasks may hold together.
 
@@ -118,7 +123,7 @@ def batches(
     plan = Plan(
         spec=spec,
         parts=[range(start, min(start + spec.rows_per_block, share.stop)) for start in starts],
-        steps_per_epoch=steps_per_epoch(open_corpus(spec.corpus).num_images, spec.batch_size),
+        steps_per_epoch=steps_per_epoch(spec.count(), spec.batch_size),
         task_cpus=task_cpus,
         cpu_limit=max(cpu_limit, task_cpus),
     )
@@ -126,10 +131,10 @@ def batches(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Generic[Batch_co]):
     """How one worker's share of every step is cut into tasks."""
 
-    spec: FeedSpec
+    spec: Spec[Batch_co]
     parts: list[range]
     """Positions within the global batch, one range a task."""
     steps_per_epoch: int
@@ -137,7 +142,7 @@ class Plan:
     cpu_limit: float
 
 
-def _run(plan: Plan, start_step: int, stop_step: int) -> Iterator[FeedBatch]:
+def _run(plan: Plan[Batch_co], start_step: int, stop_step: int) -> Iterator[Batch_co]:
     # One data set cannot hold a long run (planning it would take minutes), so the steps are cut
     # into segments; while one drains, a thread plans the next and waits for its first block.
     length = max(1, BLOCKS_PER_SEGMENT // len(plan.parts))
@@ -188,16 +193,16 @@ def _dataset(plan: Plan, steps: range) -> ray.data.Dataset:
     return dataset
 
 
-def _task(item: Block, *, spec: FeedSpec) -> Block:
+def _task(item: Block, *, spec: Spec[Any]) -> Block:
     step, start, stop = (int(item[name][0]) for name in ("step", "start", "stop"))
     try:
-        return prepare_block(spec, step=step, start=start, stop=stop)
+        return spec.prepare(step=step, start=start, stop=stop)
     except InputError as error:
         # Ray keeps only the text of an exception: as data it arrives as what it is.
         return {"fault": np.array([str(error)], dtype=object)}
 
 
-def _receive(plan: Plan, blocks: Iterator[Block], step: int) -> FeedBatch:
+def _receive(plan: Plan[Batch_co], blocks: Iterator[Block], step: int) -> Batch_co:
     """Take the blocks of one step, refusing any that is not due."""
     parts = []
     for due in plan.parts:
@@ -209,26 +214,15 @@ def _receive(plan: Plan, blocks: Iterator[Block], step: int) -> FeedBatch:
     columns = parts[0]
     if len(parts) > 1:
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return FeedBatch(
-        step=step,
-        epoch=step // plan.steps_per_epoch,
-        images=columns["images"],
-        token_ids=columns["token_ids"],
-        masked_ids=columns["masked_ids"],
-        mlm_labels=columns["mlm_labels"],
-        image_keys=columns["image_keys"],
-        image_ids=list(columns["image_ids"]),
-        captions=list(columns["captions"]),
-        bad_ids=[image_id for image_id in columns["bad_ids"] if image_id],
-    )
+    return plan.spec.collect(step, step // plan.steps_per_epoch, columns)
 
 
 def _check(block: Block, step: int, due: range) -> None:
     is_due = np.array_equal(block["position"], due) and bool((block["step"] == step).all())
     if not is_due:
         raise FeedOrderError(
-            f"feed: step {step}, pairs {due.start} to {due.stop - 1} are due; step"
-            f" {block['step'][0]}, pairs {block['position'][0]} to {block['position'][-1]} came."
+            f"feed: step {step}, items {due.start} to {due.stop - 1} are due; step"
+            f" {block['step'][0]}, items {block['position'][0]} to {block['position'][-1]} came."
             " Training on would break the plan: start again from the last checkpoint."
         )
 

@@ -7,8 +7,7 @@ import torch
 
 from albef_core.batch import PairBatch, normalize
 from pipelines.config import PretrainConfig
-from pipelines.feed import FeedBatch
-from pipelines.pairs import FeedSpec
+from pipelines.pairs import FeedBatch, FeedSpec
 
 
 def feed_spec(config: PretrainConfig, start: Path) -> FeedSpec:

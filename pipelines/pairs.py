@@ -58,6 +58,58 @@ class FeedSpec:
     rows_per_block: int = 256
     """Most pairs that one task prepares."""
 
+    def count(self) -> int:
+        """Count the pairs of an epoch: one an image."""
+        return open_corpus(self.corpus).num_images
+
+    def prepare(self, *, step: int, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Make pairs start to stop of the global batch of one step: `prepare_block`."""
+        return prepare_block(self, step=step, start=start, stop=stop)
+
+    def collect(self, step: int, epoch: int, columns: dict[str, NDArray[Any]]) -> "FeedBatch":
+        """Make a worker's batch of the columns of its pairs."""
+        return FeedBatch(
+            step=step,
+            epoch=epoch,
+            images=columns["images"],
+            token_ids=columns["token_ids"],
+            masked_ids=columns["masked_ids"],
+            mlm_labels=columns["mlm_labels"],
+            image_keys=columns["image_keys"],
+            image_ids=list(columns["image_ids"]),
+            captions=list(columns["captions"]),
+            bad_ids=[image_id for image_id in columns["bad_ids"] if image_id],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedBatch:
+    """One worker's share of one global step; the arrays may be read-only views of shared memory."""
+
+    step: int
+    """Global step, from 0 over all epochs."""
+    epoch: int
+    images: NDArray[np.uint8]
+    """Augmented pictures (B, S, S, 3)."""
+    token_ids: NDArray[np.int32]
+    """Captions (B, L), padded to `max_tokens`."""
+    masked_ids: NDArray[np.int32]
+    """The captions with some words replaced (B, L)."""
+    mlm_labels: NDArray[np.int32]
+    """The original id where MLM is scored, -100 elsewhere (B, L)."""
+    image_keys: NDArray[np.int64]
+    """`pairs.image_key` of every picture (B)."""
+    image_ids: list[str]
+    captions: list[str]
+    """The chosen captions as they are in the corpus."""
+    bad_ids: list[str]
+    """Images that were due and would not decode; the next one in the order stands in for each."""
+
+    @property
+    def num_bad(self) -> int:
+        """Count the pictures that would not decode."""
+        return len(self.bad_ids)
+
 
 @dataclass(frozen=True)
 class Source:

@@ -19,7 +19,7 @@ from pipelines.evaluate import OnProgress, RetrievalResult, evaluate_retrieval
 from pipelines.ingest import ingest
 from pipelines.order import steps_per_epoch
 from pipelines.presets import tiny
-from pipelines.train import PretrainResult, pretrain
+from pipelines.train import TrainResult, pretrain
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def quickstart(
 
 
 def _summary(
-    run: PretrainResult,
+    run: TrainResult,
     found: RetrievalResult,
     *,
     seconds: dict[str, float],

@@ -4,15 +4,18 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from albef_core.errors import InputError
+from pipelines.checkpoint import TRAINING_CONFIG
 from pipelines.checkpoint_files import STATE_FILE
 from pipelines.checkpoint_store import CheckpointStore, Found, open_checkpoint
-from pipelines.config import PretrainConfig
+from pipelines.config import TrainConfig
 from pipelines.config_file import read_config
 from pipelines.tracking import flatten
 
 logger = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=TrainConfig)
 
 CORPUS_FILE = "corpus_id"
 """File in a run's folder with the content id of what it trains on."""
@@ -54,7 +57,7 @@ MAY_CHANGE = frozenset(
 """Fields that do not change what is learned at a step; the corpus's content does."""
 
 
-def open_store(config: PretrainConfig) -> CheckpointStore:
+def open_store(config: TrainConfig) -> CheckpointStore:
     """Open where the checkpoints of a run lie.
 
     Raises:
@@ -65,7 +68,7 @@ def open_store(config: PretrainConfig) -> CheckpointStore:
     return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.keep_best)
 
 
-def name_run(config: PretrainConfig) -> PretrainConfig:
+def name_run(config: Config) -> Config:
     """Give a config without a name the one of the run that `--resume` means.
 
     Raises:
@@ -94,7 +97,7 @@ def name_run(config: PretrainConfig) -> PretrainConfig:
     return replace(config, name=folder.parent.name, storage=folder.parent.parent)
 
 
-def check_same(config: PretrainConfig, run_dir: Path, corpus_id: str) -> None:
+def check_same(config: TrainConfig, run_dir: Path, corpus_id: str) -> None:
     """Let a name go on only as what it was: other data or objectives would mix two runs in one.
 
     Raises:
@@ -107,13 +110,13 @@ def check_same(config: PretrainConfig, run_dir: Path, corpus_id: str) -> None:
                 " --resume."
             )
         return
-    other = _differences(config, read_config(run_dir / CONFIG_FILE, PretrainConfig))
+    other = _differences(config, read_config(run_dir / CONFIG_FILE, type(config)))
     if (run_dir / CORPUS_FILE).read_text() != corpus_id:
         other.append("corpus")
     _refuse(config, other, f"--name {config.name}: {run_dir} holds a run")
 
 
-def adopt(config: PretrainConfig, store: CheckpointStore, run_dir: Path, corpus_id: str) -> None:
+def adopt(config: TrainConfig, store: CheckpointStore, run_dir: Path, corpus_id: str) -> None:
     """Make the checkpoint that `--resume PATH` names the newest of the run.
 
     Its model folder also becomes the start of a run that is new.
@@ -129,10 +132,10 @@ def adopt(config: PretrainConfig, store: CheckpointStore, run_dir: Path, corpus_
         logger.info("--resume: %s went on from it already, and goes on where it is", run_dir)
         return
     with found.fetch() as folder:
-        saved = read_config(folder / "pretrain.json", PretrainConfig)
+        saved = read_config(folder / TRAINING_CONFIG, type(config))
         other = _differences(config, saved)
         # The sizes as they became, against the sizes as they were asked for.
-        if not config.model.vocab_size:
+        if flatten(config).get("model.vocab_size") == "0":
             other = [name for name in other if name != "model.vocab_size"]
         if found.progress.corpus_id != corpus_id:
             other.append("corpus")
@@ -162,11 +165,11 @@ def _training_only(names: list[str]) -> list[str]:
     return [name for name in names if name in TRAINING_FILES]
 
 
-TRAINING_FILES = ("teacher.safetensors", "optimizer.pt", "pretrain.json", STATE_FILE)
+TRAINING_FILES = ("teacher.safetensors", "optimizer.pt", TRAINING_CONFIG, STATE_FILE)
 """What a checkpoint has beside the model folder that it also is."""
 
 
-def _differences(now: PretrainConfig, before: PretrainConfig) -> list[str]:
+def _differences(now: TrainConfig, before: TrainConfig) -> list[str]:
     values, earlier = flatten(now), flatten(before)
     return [
         name
@@ -175,7 +178,7 @@ def _differences(now: PretrainConfig, before: PretrainConfig) -> list[str]:
     ]
 
 
-def _refuse(config: PretrainConfig, other: list[str], whose: str) -> None:
+def _refuse(config: TrainConfig, other: list[str], whose: str) -> None:
     if not other:
         return
     if config.force:

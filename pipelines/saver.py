@@ -6,11 +6,10 @@ from typing import Any
 
 from albef_core.distributed import gather_objects, world_size
 from albef_core.errors import InputError
-from albef_core.tokenizer import Tokenizer
-from pipelines.checkpoint import Snapshotter, TrainState, restore, write_snapshot
+from pipelines.checkpoint import SaveStudent, Snapshotter, TrainState, restore, write_snapshot
 from pipelines.checkpoint_files import Progress, running_versions
 from pipelines.checkpoint_writer import BackgroundWriter
-from pipelines.config import PretrainConfig
+from pipelines.config import TrainConfig
 from pipelines.config_file import config_digest
 from pipelines.curves import Curves
 from pipelines.order import ORDER_VERSION, WINDOW_GROUPS
@@ -22,15 +21,17 @@ class Saver:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainConfig,
         state: TrainState,
-        tokenizer: Tokenizer,
         curves: Curves,
         *,
+        save: SaveStudent,
+        text_layers: int,
         corpus_id: str,
         steps_per_epoch: int,
     ) -> None:
-        self._config, self._state, self._tokenizer = config, state, tokenizer
+        self._config, self._state = config, state
+        self._save, self._text_layers = save, text_layers
         self._curves, self._corpus_id, self._steps_per_epoch = curves, corpus_id, steps_per_epoch
         self._store = open_store(config)
         self._writer = BackgroundWriter(self._store)
@@ -67,7 +68,13 @@ class Saver:
             unsent=self._curves.tracker.unsent(),
             versions=running_versions(),
         )
-        fill = partial(write_snapshot, snapshot, config=config, tokenizer=self._tokenizer)
+        fill = partial(
+            write_snapshot,
+            snapshot,
+            config=config,
+            text_layers=self._text_layers,
+            save=self._save,
+        )
         self._writer.save(progress, fill)
 
     def restore(self) -> int:

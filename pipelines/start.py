@@ -19,7 +19,7 @@ from albef_core.weights import (
     load_text_weights,
     save_model,
 )
-from pipelines.config import PretrainConfig
+from pipelines.config import PretrainConfig, TrainConfig
 from pipelines.manifest import Manifest, read_captions
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ FREE_SIZES = ("image_size", "dropout", "vocab_size")
 """Sizes that may differ from those of `--init`: positions are interpolated, words are its own."""
 
 
-def use_gpu(config: PretrainConfig) -> bool:
+def use_gpu(config: TrainConfig) -> bool:
     """Tell whether a training runs on GPUs.
 
     Raises:

@@ -1,14 +1,17 @@
-"""Pre-training from the driver's side: the start, the MLflow run, Ray Train, the model."""
+"""A training from the driver's side: the start, the MLflow run, Ray Train, the model."""
 
 import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+import torch
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -17,11 +20,12 @@ from albef_core.config import format_recipe
 from albef_core.errors import InputError, Preempted
 from pipelines.checkpoint_store import CheckpointStore, Found
 from pipelines.cluster import connect
-from pipelines.config import PretrainConfig
+from pipelines.config import PretrainConfig, TrainConfig
 from pipelines.config_file import write_config
 from pipelines.manifest import read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
+from pipelines.pretraining_task import PretrainingTask
 from pipelines.progress import ProgressBoard, run_with_progress
 from pipelines.resizing import SaveBeforeResizing
 from pipelines.resume import (
@@ -34,15 +38,17 @@ from pipelines.resume import (
     open_store,
 )
 from pipelines.start import prepare_start, use_gpu
+from pipelines.task import Task
 from pipelines.tracking import RunHandle, Tracker, open_run
 from pipelines.train_loop import TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainResult:
-    """Where a finished pre-training left what it made."""
+class TrainResult:
+    """Where a finished training left what it made."""
 
     run_dir: Path
     model: Path
@@ -54,7 +60,22 @@ class PretrainResult:
     corpus_id: str
 
 
-def pretrain(config: PretrainConfig) -> PretrainResult:
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What one kind of training brings to `train`: everything before the workers start."""
+
+    task: Callable[[Any, Path, torch.device], Task]
+    """Makes a worker's task of config, start folder and device."""
+    corpus_id: str
+    """Identity of what is learned from."""
+    num_items: int
+    """Items of an epoch."""
+    prepare: Callable[[Any, Path], tuple[Any, dict[str, str]]]
+    """Writes the model that training starts from into a folder; gives the config with the sizes
+    that it has, and tags of the run."""
+
+
+def pretrain(config: PretrainConfig) -> TrainResult:
     """Pre-train as the config says; a second call with the same name goes on where it was.
 
     Raises:
@@ -62,29 +83,49 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             config.
         Preempted: the training was asked to stop, and left a checkpoint.
     """
-    # Ray Train gives its workers another folder: relative names would mean nothing there.
-    config = dataclasses.replace(
+    config = with_absolute_names(config)
+    manifest = read_manifest(config.corpus)
+    course = Course(
+        task=PretrainingTask,
+        corpus_id=manifest.content_id,
+        num_items=manifest.num_images,
+        prepare=lambda config, folder: prepare_start(config, manifest, folder),
+    )
+    return train(config, course)
+
+
+def with_absolute_names(config: Config) -> Config:
+    """Make the folders of a config absolute: Ray Train gives its workers another one."""
+    return dataclasses.replace(
         config, corpus=config.corpus.absolute(), storage=config.storage.absolute()
     )
-    manifest = read_manifest(config.corpus)
-    epoch_steps = steps_per_epoch(manifest.num_images, config.batch_size)
+
+
+def train(config: TrainConfig, course: Course) -> TrainResult:
+    """Train on the cluster, as one MLflow run; a second call with the same name goes on.
+
+    Raises:
+        InputError: something given does not fit the config.
+        Preempted: the training was asked to stop, and left a checkpoint.
+    """
+    epoch_steps = steps_per_epoch(course.num_items, config.batch_size)
     connect()
     on_gpu = use_gpu(config)
     config = name_run(config)
     run_dir, store = config.storage / config.name, open_store(config)
-    check_same(config, run_dir, manifest.content_id)
+    check_same(config, run_dir, course.corpus_id)
     run_dir.mkdir(parents=True, exist_ok=True)
-    adopt(config, store, run_dir, manifest.content_id)
-    asked, (config, weights_tags) = config, prepare_start(config, manifest, run_dir / "start")
+    adopt(config, store, run_dir, course.corpus_id)
+    asked, (config, weights_tags) = config, course.prepare(config, run_dir / "start")
     write_config(asked, run_dir / CONFIG_FILE)
-    (run_dir / CORPUS_FILE).write_text(manifest.content_id)
+    (run_dir / CORPUS_FILE).write_text(course.corpus_id)
     handle = open_run(
         config.experiment,
         run_dir,
         run_name=config.name,
         params=config,
         tags={
-            "corpus.id": manifest.content_id,
+            "corpus.id": course.corpus_id,
             "recipe": format_recipe(config.recipe),
             "seed": str(config.seed),
             "world_size": str(config.workers),
@@ -97,8 +138,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(
             config=config,
+            task=course.task,
             start=run_dir / "start",
-            corpus_id=manifest.content_id,
+            corpus_id=course.corpus_id,
             num_steps=config.steps or (config.epochs or 0) * epoch_steps,
             steps_per_epoch=epoch_steps,
             handle=handle,
@@ -106,20 +148,20 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         )
         _fit(job, on_gpu=on_gpu)
         model = _finished_model(_last_checkpoint(job, store), run_dir / "model")
-        tags = {"corpus.id": manifest.content_id, "seed": str(config.seed)}
+        tags = {"corpus.id": course.corpus_id, "seed": str(config.seed)}
         stored = log_model(handle, model, register=config.register, tags=tags)
     except BaseException as error:
         was_stopped = isinstance(error, KeyboardInterrupt | Preempted)
         tracker.finish("KILLED" if was_stopped else "FAILED")
         raise
     tracker.finish()
-    return PretrainResult(
+    return TrainResult(
         run_dir=run_dir,
         model=model,
         handle=handle,
         stored=stored,
         num_steps=job.num_steps,
-        corpus_id=manifest.content_id,
+        corpus_id=course.corpus_id,
     )
 
 
@@ -132,7 +174,8 @@ def _fit(job: TrainJob, *, on_gpu: bool) -> None:
     num_workers = (config.min_workers, config.workers) if config.min_workers else config.workers
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"job": job},
+        # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
+        train_loop_config={"job": cloudpickle.dumps(job)},
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=on_gpu,
@@ -146,7 +189,7 @@ def _fit(job: TrainJob, *, on_gpu: bool) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
     )
-    title = f"pre-training {config.name}"
+    title = f"training {config.name}"
     try:
         run_with_progress(trainer.fit, job.board, title=title, total=job.num_steps)
     except TrainingFailedError:

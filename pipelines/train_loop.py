@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,32 +12,22 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from ray import cloudpickle
 from torch import nn
 
-from albef_core.distributed import (
-    data_parallel,
-    gather_objects,
-    gather_rows,
-    mean_over_workers,
-    own_share,
-)
+from albef_core.distributed import gather_objects, mean_over_workers
 from albef_core.errors import InputError
-from albef_core.feature_queue import Queues
 from albef_core.optim import Schedule, adamw
-from albef_core.outcome import PretrainingStep
-from albef_core.pretraining import PretrainingModel
-from albef_core.teacher import Teacher, alpha_at
-from albef_core.weights import load_model
+from albef_core.teacher import alpha_at
 from pipelines.agreement import Agreement
 from pipelines.checkpoint import TrainState
-from pipelines.config import PretrainConfig
+from pipelines.config import TrainConfig
 from pipelines.curves import Curves
-from pipelines.feed import FeedBatch, batches
+from pipelines.feed import batches
 from pipelines.flight_recorder import FlightRecorder
-from pipelines.inputs import feed_spec, num_tokens, to_device
 from pipelines.saver import Saver
+from pipelines.task import Batch, Outcome, Task
 from pipelines.tracking import RunHandle, Tracker
-from pipelines.train_pictures import hard_negative_similarity, log_pictures
 from pipelines.watchdog import Watchdog
 
 
@@ -45,7 +35,9 @@ from pipelines.watchdog import Watchdog
 class TrainJob:
     """What the driver tells its workers."""
 
-    config: PretrainConfig
+    config: TrainConfig
+    task: Callable[[TrainConfig, Path, torch.device], Task]
+    """Makes a worker's task of config, `start` and device."""
     start: Path
     """Model folder that the student starts from."""
     corpus_id: str
@@ -56,12 +48,12 @@ class TrainJob:
     """The driver's ProgressBoard."""
 
 
-def train_loop(settings: dict[str, TrainJob]) -> None:
-    """Train to the end of the job, from the newest checkpoint of this run where there is one.
+def train_loop(settings: dict[str, bytes]) -> None:
+    """Train to the end of the pickled `job`, from this run's newest checkpoint if there is one.
 
     A mistake of the user's goes to the driver by the board; Ray Train's retry then ends at once.
     """
-    job = settings["job"]
+    job: TrainJob = cloudpickle.loads(settings["job"])
     if ray.get(job.board.read_refusal.remote()):
         return
     try:
@@ -86,21 +78,14 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(config.worker_cpus)))
-        start = load_model(job.start, device=self.device)
-        self.tokenizer = start.tokenizer
-        teacher = Teacher(config.model, start.model)
-        queues = Queues(config.model, config.objective, config.recipe, seed=config.seed)
+        self.task = job.task(config, job.start, self.device)
+        decay_weights_only = config.recipe.decay_weights_only
         self.state = TrainState(
-            student=start.model,
-            teacher=teacher.train(not config.recipe.quiet_teacher),
-            queues=queues.to(self.device),
-            optimizer=adamw(
-                start.model,
-                config.optim,
-                decay_weights_only=config.recipe.decay_weights_only,
-            ),
+            student=self.task.student,
+            teacher=self.task.teacher,
+            queues=self.task.queues,
+            optimizer=adamw(self.task.student, config.optim, decay_weights_only=decay_weights_only),
         )
-        self.model = data_parallel(PretrainingModel(start.model))
         self.schedule = Schedule(
             optim=config.optim,
             num_steps=job.num_steps,
@@ -111,6 +96,7 @@ class Worker:
         self.curves = Curves(
             tracker=Tracker(job.handle) if self.rank == 0 else None,
             board=job.board,
+            shown=self.task.shown,
             batch_size=config.batch_size,
             corpus=str(config.corpus),
             max_bad_share=config.max_bad_share,
@@ -118,8 +104,9 @@ class Worker:
         self.saver = Saver(
             config,
             self.state,
-            start.tokenizer,
             self.curves,
+            save=self.task.save,
+            text_layers=self.task.text_layers,
             corpus_id=job.corpus_id,
             steps_per_epoch=job.steps_per_epoch,
         )
@@ -131,29 +118,30 @@ class Worker:
         job, step = self.job, self.saver.restore()
         for batch, waited_s in self._timed(self.feed(start=step)):
             started = time.perf_counter()
-            longest = num_tokens(batch, pad_id=self.tokenizer.pad_id)
+            longest = self.task.longest(batch)
             with self.watchdog.part("collective"):
                 must_stop, must_save = self.read_wishes()
                 agreed = self.agreement.reach(
-                    step, longest=longest, num_bad=batch.num_bad, must_stop=must_stop
+                    step, longest=longest, num_bad=len(batch.bad_ids), must_stop=must_stop
                 )
             with self.watchdog.part("step"):
                 outcome = self.train_step(batch, step, longest=agreed.longest)
             step += 1
-            busy_s = time.perf_counter() - started
-            ends_epoch = step % job.steps_per_epoch == 0 or step == job.num_steps
+            times = {"busy_s": time.perf_counter() - started, "waited_s": waited_s}
+            is_last = step == job.num_steps
+            ends_epoch = step % job.steps_per_epoch == 0 or is_last
             with self.watchdog.part("collective"):
-                self.curves.count(batch, num_bad=agreed.num_bad, busy_s=busy_s, waited_s=waited_s)
+                self.curves.count(batch.bad_ids, num_bad=agreed.num_bad, **times)
                 if step % job.config.log_every == 0 or ends_epoch:
                     self.log(outcome, step)
                 if ends_epoch:
                     self.agreement.check_replicas(self.state.student)
                     self.curves.name_bad()
-                    self.draw(batch, outcome, step)
+                    self.task.draw(self.curves.tracker, batch, outcome, step=step)
             # Within a row of skipped batches nothing moves: a checkpoint would only push out one
             # from before it.
-            is_due = self.saver.is_due(step) and not self.recorder.in_a_row
-            if ends_epoch or agreed.must_stop or must_save or is_due:
+            is_due = (ends_epoch or self.saver.is_due(step)) and not self.recorder.in_a_row
+            if is_due or is_last or agreed.must_stop or must_save:
                 with self.watchdog.part("checkpoint"):
                     self.saver.save(step)
                     if must_save:
@@ -163,12 +151,12 @@ class Worker:
             if agreed.must_stop:
                 break
 
-    def feed(self, *, start: int) -> Iterator[FeedBatch]:
+    def feed(self, *, start: int) -> Iterator[Batch]:
         """Open this worker's share of the plan, from step `start` on."""
         config = self.job.config
         cpus = ray.cluster_resources().get("CPU", 1) - self.world_size * config.worker_cpus
         return batches(
-            feed_spec(config, self.job.start),
+            self.task.spec,
             start_step=start,
             stop_step=self.job.num_steps,
             rank=self.rank,
@@ -177,32 +165,20 @@ class Worker:
             cpu_limit=max(config.feed_cpus, cpus / self.world_size),
         )
 
-    def train_step(self, feed_batch: FeedBatch, step: int, *, longest: int) -> PretrainingStep:
+    def train_step(self, batch: Batch, step: int, *, longest: int) -> Outcome:
         """Move student, teacher and queues by one batch, in the published order.
 
         A batch whose loss or gradient is not finite moves the teacher only, on all workers alike.
         """
         config, state = self.job.config, self.state
-        batch = to_device(
-            feed_batch,
-            self.device,
-            pad_id=self.tokenizer.pad_id,
-            longest=longest,
-            num_global=config.batch_size,
-        )
-        state.student.clamp_temperature()
-        state.teacher.follow(state.student, momentum=config.objective.teacher_momentum)
         with torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
         ):
-            outcome = self.model(
-                state.teacher,
-                state.queues,
+            outcome = self.task.forward(
                 batch,
+                longest=longest,
                 alpha=self.alpha_of(step),
-                recipe=config.recipe,
                 seed=seed_of(config.seed, step),
-                micro_batch_size=config.micro_batch_size,
             )
         state.optimizer.zero_grad()
         outcome.loss.backward()
@@ -211,18 +187,12 @@ class Worker:
         )
         for group in state.optimizer.param_groups:
             group["lr"] = self.schedule.lr_at(step)
-        if self.is_usable(feed_batch, step, loss=mean_over_workers(outcome.loss), norm=norm):
+        if self.is_usable(batch, step, loss=mean_over_workers(outcome.loss), norm=norm):
             state.optimizer.step()
-            state.queues.push(
-                gather_rows(outcome.teacher_image_features, num_pairs=batch.total),
-                gather_rows(outcome.teacher_text_features, num_pairs=batch.total),
-                gather_rows(batch.image_ids, num_pairs=batch.total),
-            )
+            self.task.accept(batch, outcome)
         return outcome
 
-    def is_usable(
-        self, batch: FeedBatch, step: int, *, loss: torch.Tensor, norm: torch.Tensor
-    ) -> bool:
+    def is_usable(self, batch: Batch, step: int, *, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Tell whether a step may move anything; keep a record of the batch when it may not.
 
         Loss and gradient are those of the global batch: every worker answers the same.
@@ -278,30 +248,11 @@ class Worker:
         ramp_steps = round(objective.alpha_ramp_epochs * self.job.steps_per_epoch)
         return alpha_at(step, alpha=objective.alpha, ramp_steps=ramp_steps)
 
-    def log(self, outcome: PretrainingStep, step: int) -> None:
+    def log(self, outcome: Outcome, step: int) -> None:
         """Average over workers and write one point of every curve (a collective)."""
-        temperature = self.state.student.temperature
-        right = (outcome.itm.logits.argmax(dim=1) == outcome.itm.labels)[outcome.itm.counts]
-        values = {
-            "train/loss/total": outcome.loss,
-            "train/loss/itc": outcome.itc.loss,
-            "train/loss/itm": outcome.itm.loss,
-            "train/loss/mlm": outcome.mlm.losses.total,
-            "train/itm_accuracy": right.float().mean(),
-            "train/hard_negative_similarity": hard_negative_similarity(outcome, temperature),
-            "train/temperature": temperature,
-            "train/queue_fill": self.state.queues.image.fill_share(),
-        }
+        values = self.task.curves(outcome)
         known = {"train/alpha": self.alpha_of(step - 1), "train/lr": self.schedule.lr_at(step - 1)}
         self.curves.write(values, known, step, device=self.device)
-
-    def draw(self, batch: FeedBatch, outcome: PretrainingStep, step: int) -> None:
-        """Log the pictures of what is learned (a collective)."""
-        config = self.job.config
-        own = own_share(config.batch_size)
-        places = own if config.recipe.global_keys else range(len(own))
-        tracker = self.curves.tracker
-        log_pictures(tracker, batch, outcome, self.tokenizer, places=places, step=step)
 
     def read_wishes(self) -> tuple[bool, bool]:
         """Tell whether the driver wants an end, and whether a checkpoint; rank 0 asks for all."""
@@ -322,7 +273,7 @@ class Worker:
         finally:
             self.curves.close()
 
-    def _timed(self, feed: Iterator[FeedBatch]) -> Iterator[tuple[FeedBatch, float]]:
+    def _timed(self, feed: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         while True:
             started = time.perf_counter()
             with self.watchdog.part("data"):

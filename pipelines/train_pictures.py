@@ -10,7 +10,7 @@ from albef_core.distributed import gather_objects
 from albef_core.masking import NOT_SCORED
 from albef_core.outcome import PretrainingStep
 from albef_core.tokenizer import Tokenizer
-from pipelines.feed import FeedBatch
+from pipelines.pairs import FeedBatch
 from pipelines.report import (
     CaptionTarget,
     HardNegative,

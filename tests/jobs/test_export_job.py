@@ -82,7 +82,7 @@ def test_a_checkpoint_s_teacher_and_queues_go_with_it(tmp_path: Path) -> None:
         teacher.image_projection.weight.add_(1)
     queues = Queues(CONFIG, ObjectiveConfig(num_slots=4), Recipe())
     queues.push(torch.rand(3, 8), torch.rand(3, 8), torch.arange(3))
-    moving = official_state(teacher, CONFIG, prefix="teacher.")
+    moving = official_state(teacher, text_layers=CONFIG.text_layers, prefix="teacher.")
     moving |= {f"queues.{name}": tensor for name, tensor in queues.state_dict().items()}
     save_file(moving, tmp_path / "checkpoint" / "teacher.safetensors")
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model
 from pipelines.checkpoint import Snapshotter, TrainState, restore, write_snapshot
 from pipelines.config import PretrainConfig
+from pipelines.pretraining_task import save_student
 
 NUM_PAIRS, NUM_TOKENS, NUM_SLOTS = 4, 6, 10
 TOKENIZER = Tokenizer.learn(["a red square", "a blue circle"], vocab_size=30)
@@ -48,6 +50,12 @@ CONFIG = PretrainConfig(
     objective=ObjectiveConfig(num_slots=NUM_SLOTS),
     optim=OptimConfig(lr=1e-2, clip_norm=1.0),
 )
+AS_PRETRAINED = {
+    "config": CONFIG,
+    "text_layers": CONFIG.model.text_layers,
+    "save": partial(save_student, config=CONFIG, tokenizer=TOKENIZER),
+}
+"""How a pre-training's snapshots are written."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def write(snapshotter: Snapshotter, folder: Path) -> Path:
-    write_snapshot(snapshotter.take(), folder, config=CONFIG, tokenizer=TOKENIZER)
+    write_snapshot(snapshotter.take(), folder, **AS_PRETRAINED)
     return folder
 
 
@@ -159,7 +167,7 @@ def test_a_snapshot_does_not_see_the_steps_after_it(tmp_path: Path) -> None:
     training.run(0, 1)
     before, snapshot = training.everything(), snapshotter.take()
     training.run(2)
-    write_snapshot(snapshot, tmp_path / "checkpoint", config=CONFIG, tokenizer=TOKENIZER)
+    write_snapshot(snapshot, tmp_path / "checkpoint", **AS_PRETRAINED)
 
     resumed = new_training(seed=9)
     restore(tmp_path / "checkpoint", resumed.state)
@@ -178,7 +186,7 @@ def test_one_snapshotter_serves_many_checkpoints_in_the_same_memory(tmp_path: Pa
         tensors = [*snapshot.student.parameters(), *snapshot.optimizer["state"][0].values()]
         places.add(tuple(tensor.data_ptr() for tensor in tensors))
         folder = tmp_path / str(step)
-        write_snapshot(snapshot, folder, config=CONFIG, tokenizer=TOKENIZER)
+        write_snapshot(snapshot, folder, **AS_PRETRAINED)
         resumed = new_training(seed=9)
         restore(folder, resumed.state)
         assert_same_bits(resumed.everything(), training.everything())
@@ -204,7 +212,7 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(tmp_pat
     writing = threading.Thread(
         target=write_snapshot,
         args=(snapshot, tmp_path / "checkpoint"),
-        kwargs={"config": CONFIG, "tokenizer": TOKENIZER},
+        kwargs=AS_PRETRAINED,
     )
 
     writing.start()
@@ -222,7 +230,7 @@ def test_writing_a_snapshot_that_the_next_one_overtook_is_refused(tmp_path: Path
     snapshotter.take()
 
     with pytest.raises(RuntimeError, match="wait for the writer"):
-        write_snapshot(first, tmp_path / "checkpoint", config=CONFIG, tokenizer=TOKENIZER)
+        write_snapshot(first, tmp_path / "checkpoint", **AS_PRETRAINED)
 
 
 def test_a_checkpoint_is_a_model_folder(tmp_path: Path) -> None:

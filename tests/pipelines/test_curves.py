@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -11,7 +10,6 @@ from mlflow import MlflowClient
 
 from albef_core.errors import InputError
 from pipelines.curves import Curves
-from pipelines.feed import FeedBatch
 from pipelines.progress import ProgressBoard
 from pipelines.tracking import RunHandle, Tracker, open_run
 
@@ -22,28 +20,13 @@ LOSSES = {
 }
 
 
-def batch_of(num_pairs: int, *bad_ids: str) -> FeedBatch:
-    nothing = np.zeros(num_pairs, np.int32)
-    return FeedBatch(
-        step=0,
-        epoch=0,
-        images=np.zeros((num_pairs, 1, 1, 3), np.uint8),
-        token_ids=nothing,
-        masked_ids=nothing,
-        mlm_labels=nothing,
-        image_keys=nothing.astype(np.int64),
-        image_ids=["i"] * num_pairs,
-        captions=["c"] * num_pairs,
-        bad_ids=list(bad_ids),
-    )
-
-
 def curves_of(
     batch_size: int, *, max_bad_share: float = 0.1, tracker: Tracker | None = None
 ) -> Curves:
     return Curves(
         tracker=tracker,
         board=ProgressBoard.remote() if tracker else None,
+        shown=("train/loss/itc", "train/pairs_per_s"),
         batch_size=batch_size,
         corpus="my-corpus",
         max_bad_share=max_bad_share,
@@ -62,10 +45,10 @@ def test_points_hold_rates_and_shares_since_the_point_before(
 ) -> None:
     curves = curves_of(8, tracker=Tracker(run))
     for _ in range(2):
-        curves.count(batch_of(8), num_bad=0, busy_s=1.5, waited_s=0.5)
+        curves.count([], num_bad=0, busy_s=1.5, waited_s=0.5)
     curves.write(LOSSES, {"train/alpha": 0.25}, 2, device=CPU)
     # The worker that writes may hold fewer pairs than the others: the rate is the global batch's.
-    curves.count(batch_of(1, "broken"), num_bad=1, busy_s=1.0, waited_s=0.0)
+    curves.count(["broken"], num_bad=1, busy_s=1.0, waited_s=0.0)
     curves.write(LOSSES | {"train/loss/itc": torch.tensor(math.nan)}, {}, 3, device=CPU)
     assert ray.get(curves.board.read.remote())[0] == 3
     curves.name_bad()
@@ -103,9 +86,9 @@ def test_a_checkpoint_gets_the_means_since_the_one_before_without_what_is_not_fi
 
 def test_more_bad_pictures_than_their_share_stop_the_training_with_both_numbers() -> None:
     curves = curves_of(500)
-    curves.count(batch_of(500, *map(str, range(499))), num_bad=499, busy_s=1, waited_s=0)
+    curves.count([*map(str, range(499))], num_bad=499, busy_s=1, waited_s=0)
     curves.write(LOSSES, {}, 1, device=CPU)  # 500 are too few to judge
-    curves.count(batch_of(500), num_bad=0, busy_s=1, waited_s=0)
+    curves.count([], num_bad=0, busy_s=1, waited_s=0)
     message = r"my-corpus: 499 of 1000 pictures .* --max-bad-share 0\.1\. Build it again"
     with pytest.raises(InputError, match=message):
         curves.write(LOSSES, {}, 2, device=CPU)
@@ -113,8 +96,8 @@ def test_more_bad_pictures_than_their_share_stop_the_training_with_both_numbers(
 
 def test_exactly_the_share_of_bad_pictures_is_borne() -> None:
     curves = curves_of(1000)
-    curves.count(batch_of(1000, *map(str, range(100))), num_bad=100, busy_s=1, waited_s=0)
+    curves.count([*map(str, range(100))], num_bad=100, busy_s=1, waited_s=0)
     curves.write(LOSSES, {}, 1, device=CPU)
-    curves.count(batch_of(1000, *map(str, range(101))), num_bad=101, busy_s=1, waited_s=0)
+    curves.count([*map(str, range(101))], num_bad=101, busy_s=1, waited_s=0)
     with pytest.raises(InputError, match="201 of 2000"):
         curves.write(LOSSES, {}, 2, device=CPU)

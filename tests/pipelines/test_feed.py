@@ -16,8 +16,8 @@ import pytest
 from albef_core.errors import InputError
 from albef_core.shares import share_of
 from pipelines import feed
-from pipelines.feed import FeedBatch, FeedOrderError, batches
-from pipelines.pairs import FeedSpec, prepare_block
+from pipelines.feed import FeedOrderError, batches
+from pipelines.pairs import FeedBatch, FeedSpec, prepare_block
 
 pytestmark = pytest.mark.cluster
 

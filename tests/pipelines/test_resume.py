@@ -1,7 +1,9 @@
 """A training that is killed, stopped or moved goes on as if nothing had happened, bit for bit."""
 
 import dataclasses
+import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -102,28 +104,46 @@ def when_step_is_reached(run_dir: Path, step: int, act: Callable[[], None]) -> t
     return thread
 
 
-def kill_one_worker() -> None:
-    workers = [
+def train_workers() -> list[psutil.Process]:
+    return [
         process
         for process in psutil.process_iter(["cmdline"])
         if any("RayTrainWorker" in word for word in process.info["cmdline"] or [])
         and psutil.Process() in process.parents()
     ]
-    workers[-1].send_signal(signal.SIGKILL)
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_after_kill_9_of_a_worker_every_loss_and_every_tensor_is_the_same(
+def test_a_worker_freezes_another_is_killed_and_every_loss_and_tensor_is_the_same(
     undisturbed: Path,
     small_corpus: SmallCorpus,
     tmp_path: Path,
     store_in: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store_in(tmp_path)
-    killer = when_step_is_reached(tmp_path / "runs" / "run", 10, kill_one_worker)
-    pretrain(run_of(small_corpus, tmp_path))
-    killer.join()
+    run_dir, frozen = tmp_path / "runs" / "run", []
+
+    def freeze() -> None:
+        frozen.append(train_workers()[-1])
+        frozen[0].send_signal(signal.SIGSTOP)
+
+    freezer = when_step_is_reached(run_dir, 5, freeze)
+    killer = when_step_is_reached(run_dir, 15, lambda: train_workers()[-1].kill())
+    try:
+        with caplog.at_level(logging.WARNING):
+            pretrain(run_of(small_corpus, tmp_path, step_timeout_s=12))
+        freezer.join()
+        killer.join()
+        assert not frozen[0].is_running()
+    finally:
+        for process in frozen:
+            if process.is_running():
+                process.kill()
+    # The other worker waits for the frozen one, in the middle of a step or of an agreement.
+    named = r"rank \d: no step for 1\d s: stuck in (step|collective) since step \d+ \(1?\d s\)"
+    assert re.search(named, caplog.text)
     assert_equal(tmp_path, undisturbed)
 
 

@@ -18,7 +18,7 @@ from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval
 from pipelines.presets import tiny
 from pipelines.tracking import RunHandle
-from pipelines.train import PretrainResult, pretrain
+from pipelines.train import TrainResult, pretrain
 from tests.conftest import SmallCorpus
 
 STEPS = 14
@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(local_ray: None, small_corpus: SmallCorpus, store: Path) -> PretrainResult:
+def finished(local_ray: None, small_corpus: SmallCorpus, store: Path) -> TrainResult:
     """One run of two workers over one epoch and a bit, shared by the tests of this file."""
     patch = pytest.MonkeyPatch()
     with patch.context() as environment:
@@ -64,7 +64,7 @@ def finished(local_ray: None, small_corpus: SmallCorpus, store: Path) -> Pretrai
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_training_leaves_one_run_with_curves_pictures_and_tags(
-    finished: PretrainResult, store: Path
+    finished: TrainResult, store: Path
 ) -> None:
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
     runs = [
@@ -104,7 +104,7 @@ def test_a_training_leaves_one_run_with_curves_pictures_and_tags(
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
-    finished: PretrainResult,
+    finished: TrainResult,
 ) -> None:
     from safetensors.torch import load_file
 
@@ -121,7 +121,7 @@ def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_saved_config_starts_the_same_run_again(finished: PretrainResult) -> None:
+def test_the_saved_config_starts_the_same_run_again(finished: TrainResult) -> None:
     config = read_config(finished.run_dir / "config.json", PretrainConfig)
     assert config.objective.num_slots == 24
     assert config.model.vocab_size == 0, "as asked for, so that it fits another corpus too"
@@ -132,7 +132,7 @@ def test_the_saved_config_starts_the_same_run_again(finished: PretrainResult) ->
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_registered_model_answers_and_is_evaluated_into_its_own_run(
-    finished: PretrainResult,
+    finished: TrainResult,
     small_corpus: SmallCorpus,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +168,7 @@ def test_the_registered_model_answers_and_is_evaluated_into_its_own_run(
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_name_goes_on_as_what_it_was_or_not_at_all(
-    finished: PretrainResult,
+    finished: TrainResult,
     small_corpus: SmallCorpus,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +211,7 @@ def test_too_many_rotten_pictures_stop_the_run_with_their_number(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     corpus = make_corpus(200, broken=range(0, 200, 2))
-    config = small_run(corpus.folder, tmp_path, batch_size=100, max_bad_share=0.1)
+    config = small_run(corpus.folder, tmp_path, workers=1, batch_size=100, max_bad_share=0.1)
     with pytest.raises(InputError, match=r"--max-bad-share 0\.1"):
         pretrain(config)
     handle = RunHandle.of(tmp_path / "runs" / "run")

@@ -18,8 +18,7 @@ from albef_core.outcome import PretrainingStep
 from albef_core.pretraining import pretraining_step
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
-from pipelines.feed import FeedBatch
-from pipelines.pairs import FeedSpec, prepare_block
+from pipelines.pairs import FeedBatch, FeedSpec, prepare_block
 from pipelines.presets import tiny
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_pictures import (

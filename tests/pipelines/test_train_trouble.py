@@ -4,12 +4,9 @@ import dataclasses
 import json
 import logging
 import math
-import re
-import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -20,14 +17,13 @@ from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import save_model
-from pipelines.checkpoint_store import open_checkpoint
+from pipelines.config import PretrainConfig
 from pipelines.order import epoch_order
 from pipelines.pairs import image_key, open_corpus
 from pipelines.tracking import RunHandle
 from pipelines.train import pretrain
 from tests.albef_core.literal import Ring
 from tests.conftest import SmallCorpus, picture_row, write_corpus
-from tests.pipelines.test_resume import when_step_is_reached
 from tests.pipelines.test_train import BATCH, small_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -67,32 +63,42 @@ def losses_of(run_dir: Path) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
-@pytest.mark.parametrize(("batch_size", "workers", "steps"), [(1, 1, 30), (61, 2, 3)])
-def test_batches_that_fit_neither_queue_nor_workers_leave_the_literal_ring(
-    local_ray: None,
-    small_corpus: SmallCorpus,
-    tmp_path: Path,
-    batch_size: int,
-    workers: int,
-    steps: int,
-) -> None:
+UNEVEN, UNEVEN_STEPS = 61, 3
+"""Pairs of a batch that neither queue nor workers divide, and the steps of an epoch."""
+
+
+@pytest.fixture(scope="module")
+def uneven(
+    local_ray: None, small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory
+) -> PretrainConfig:
+    """A finished run of such batches."""
+    root = tmp_path_factory.mktemp("uneven")
     config = small_run(
         small_corpus.folder,
-        tmp_path,
-        batch_size=batch_size,
-        workers=workers,
-        steps=steps,
+        root,
+        batch_size=UNEVEN,
+        steps=UNEVEN_STEPS,
         log_every=1,
+        checkpoint_every=1,
+        max_bad_steps=2,
     )
-    result = pretrain(config)
-    losses = losses_of(result.run_dir)
-    assert list(losses) == list(range(1, steps + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        pretrain(config)
+    return config
+
+
+def test_a_batch_that_fits_neither_queue_nor_workers_leaves_the_literal_ring(
+    uneven: PretrainConfig,
+) -> None:
+    run_dir = uneven.storage / uneven.name
+    losses = losses_of(run_dir)
+    assert list(losses) == list(range(1, UNEVEN_STEPS + 1))
     assert all(math.isfinite(loss) for loss in losses.values())
-    queues = load_file(max(result.run_dir.glob("checkpoint-*")) / "teacher.safetensors")
+    queues = load_file(run_dir / f"checkpoint-{UNEVEN_STEPS:08d}" / "teacher.safetensors")
     ring = Ring(NUM_SLOTS)
-    ids = image_ids_of(
-        small_corpus.folder, seed=config.seed, steps=range(steps), batch_size=batch_size
-    )
+    steps = range(UNEVEN_STEPS)
+    ids = image_ids_of(uneven.corpus, seed=uneven.seed, steps=steps, batch_size=UNEVEN)
     ring.push([image_key(image_id) for image_id in ids])
     for side in ("image", "text"):
         assert queues[f"queues.{side}.image_ids"].tolist() == ring.rows
@@ -101,33 +107,22 @@ def test_batches_that_fit_neither_queue_nor_workers_leave_the_literal_ring(
 
 
 def test_a_rate_that_ruins_the_weights_ends_the_run_with_the_checkpoint_from_before_named(
-    local_ray: None, small_corpus: SmallCorpus, tmp_path: Path
+    uneven: PretrainConfig, tmp_path: Path
 ) -> None:
-    config = small_run(
-        small_corpus.folder, tmp_path, max_bad_steps=2, checkpoint_every=1, log_every=1, steps=2
-    )
-    pretrain(config)
-    config = dataclasses.replace(
-        config, steps=12, optim=OptimConfig(lr=1e30, min_lr=0.0, warmup_steps=0), force=True
-    )
+    rate = OptimConfig(lr=1e30, min_lr=0.0, warmup_steps=0)
+    config = dataclasses.replace(uneven, steps=4 * UNEVEN_STEPS, optim=rate, force=True)
     with pytest.raises(InputError, match="of 3 batches in a row is not finite") as refusal:
         pretrain(config)
-    run_dir = tmp_path / "runs" / "run"
+    run_dir = uneven.storage / uneven.name
     report = skipped_batches(run_dir, tmp_path)
-    # Step 2 is taken, and leaves weights of 1e30 in the checkpoint after it.
-    assert [record["step"] for record in report["skipped"]] == [3, 4, 5]
+    # The step after the first run is taken, and leaves weights of 1e30 in the checkpoint after it.
+    assert [record["step"] for record in report["skipped"]] == [4, 5, 6]
     assert report["num_skipped"] == 3
     for record in report["skipped"]:
-        steps = range(record["step"], record["step"] + 1)
-        assert record["image_ids"] == image_ids_of(
-            small_corpus.folder, seed=config.seed, steps=steps, batch_size=BATCH
-        )
-        assert len(record["captions"]) == BATCH
+        assert len(record["image_ids"]) == len(set(record["image_ids"])) == UNEVEN
+        assert len(record["captions"]) == UNEVEN
     named = str(refusal.value).split("The newest good checkpoint is ")[1].split(": --resume")[0]
-    assert named == f"{run_dir}/checkpoint-00000002"
-    with open_checkpoint(named).fetch() as folder:
-        for tensor in load_file(folder / "model.safetensors").values():
-            assert tensor.abs().max() < 100
+    assert named == f"{run_dir}/checkpoint-{UNEVEN_STEPS:08d}"
     assert "a lower --lr" in str(refusal.value)
 
 
@@ -190,43 +185,3 @@ def test_one_batch_that_meets_a_damaged_weight_is_skipped_and_training_goes_on(
     for name, tensor in trained.items():
         is_damaged = "position_embeddings" in name
         assert tensor[:LONG].isfinite().all() if is_damaged else tensor.isfinite().all(), name
-
-
-def train_workers() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any("RayTrainWorker" in word for word in process.info["cmdline"] or [])
-        and psutil.Process() in process.parents()
-    ]
-
-
-def test_a_frozen_worker_is_noticed_named_and_replaced(
-    local_ray: None,
-    small_corpus: SmallCorpus,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    frozen: list[psutil.Process] = []
-
-    def freeze() -> None:
-        frozen.append(train_workers()[-1])
-        frozen[0].send_signal(signal.SIGSTOP)
-
-    config = small_run(
-        small_corpus.folder, tmp_path, steps=40, checkpoint_every=4, log_every=1, step_timeout_s=12
-    )
-    freezer = when_step_is_reached(tmp_path / "runs" / "run", 4, freeze)
-    try:
-        with caplog.at_level(logging.WARNING):
-            result = pretrain(config)
-        freezer.join()
-        assert not frozen[0].is_running()
-    finally:
-        for process in frozen:
-            if process.is_running():
-                process.kill()
-    # The other worker waits for this one, in the middle of a step or of an agreement.
-    named = r"rank \d: no step for 1\d s: stuck in (step|collective) since step \d+ \(1?\d s\)"
-    assert re.search(named, caplog.text)
-    assert list(losses_of(result.run_dir)) == list(range(1, 41))
