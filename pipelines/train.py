@@ -19,7 +19,7 @@ from pipelines.checkpoint_store import CheckpointStore, Found
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig
 from pipelines.config_file import write_config
-from pipelines.manifest import read_manifest
+from pipelines.manifest import check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.progress import ProgressBoard, run_with_progress
@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     config = dataclasses.replace(
         config, corpus=config.corpus.absolute(), storage=config.storage.absolute()
     )
-    manifest = read_manifest(config.corpus)
+    check_captioned(manifest := read_manifest(config.corpus))
     epoch_steps = steps_per_epoch(manifest.num_images, config.batch_size)
     connect()
     on_gpu = use_gpu(config)
