@@ -21,12 +21,15 @@ def main() -> None:
     table = Table("corpus", Column(str(report.folder), overflow="fold"), title="Ingest")
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("captions", f"{report.num_captions:,}")
+    for what, count in report.annotations.items():
+        table.add_row(what, f"{count:,}")
     for kind, count in report.bad_counts.items():
-        table.add_row(f"left out: {kind}", f"{count:,}")
+        table.add_row(f"bad: {kind}", f"{count:,}")
     table.add_row("content id", report.content_id)
     table.add_row("report", str(report.folder / "report" / "report.html"))
     table.add_row("seconds", f"{report.seconds}")
-    table.add_row("next", f"python jobs/pretrain.py tiny --corpus {report.folder}")
+    if not report.num_uncaptioned:
+        table.add_row("next", f"python jobs/pretrain.py tiny --corpus {report.folder}")
     Console().print(table)
 
 

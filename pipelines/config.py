@@ -22,13 +22,19 @@ class IngestConfig:
     """Build a corpus: a folder of Parquet shards and a manifest."""
 
     source: str
-    """`shapes` for the generated set, a JSON list of images and captions, a tar of pictures with a
-    JSON list beside it, a WebDataset tar or a pattern for several (`data/*.tar`)."""
+    """`shapes` for the generated set; JSON or JSON Lines of captions or annotations (ALBEF's lists,
+    Karpathy's splits, SNLI-VE, VQA v2 questions, NLVR2, COCO); a tar of pictures with one such list
+    beside it; a WebDataset tar or a pattern for several (`data/*.tar`)."""
     out: Path
     """Folder of the new corpus; must not hold one already."""
     images: Path | None = None
     """Where a JSON list's pictures are: a folder or a tar. Default: beside the JSON, then
     `images.tar`."""
+    annotations: tuple[Path, ...] = ()
+    """More that is said of the source's pictures: VQA v2 answers, COCO instances, boxes of RefCOCO+
+    {ref_id: [x, y, w, h]}, detector proposals {image_id: [[x, y, w, h], ...]}."""
+    split: str = "all"
+    """Split to keep, of those that the source names, as Karpathy's do: `train`, `val`, `test`..."""
     num_images: int = 1000
     """Pictures to generate (`shapes` only)."""
     wrong_captions: float = 0.0

@@ -32,7 +32,7 @@ from pipelines.doctor_mlflow import check_tracking
 from pipelines.doctor_storage import check_storage
 from pipelines.doctor_training import check_numbers, check_rates, check_room, check_weights
 from pipelines.doctor_worker import TrialWorker
-from pipelines.manifest import Manifest, read_manifest
+from pipelines.manifest import Manifest, check_captioned, read_manifest
 from pipelines.start import prepare_start, use_gpu
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ def examine(
         on_check: is told the name of each check as it begins.
 
     Raises:
-        InputError: there is no corpus.
+        InputError: there is no corpus, or pictures of it have no caption.
     """
     started = time.monotonic()
     config = dataclasses.replace(
         config, corpus=config.corpus.absolute(), storage=config.storage.absolute()
     )
-    manifest = read_manifest(config.corpus)
+    check_captioned(manifest := read_manifest(config.corpus))
     connect()
     findings = []
     with _scratch_folder(config.storage) as scratch:

@@ -1,13 +1,13 @@
 """Build a corpus: read, check and commit pictures with captions, one shard a Ray task."""
 
 import hashlib
+import json
 import logging
 import pickle
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ import ray.data  # sets up its loggers, which connect() then turns down
 
 from albef_core.errors import InputError
 from albef_core.preprocess import UndecodableImage, decode_image
+from pipelines.annotations import Annotations, clip_boxes, count_annotations
 from pipelines.cluster import connect
 from pipelines.config import IngestConfig
 from pipelines.config_file import write_config
@@ -32,24 +33,29 @@ from pipelines.manifest import (
     Shard,
     content_id,
     read_columns,
+    read_rows,
     write_manifest,
     write_shard,
 )
 from pipelines.records import (
+    CLIPPED,
+    CROWD,
     EMPTY_CAPTION,
     NO_CAPTION,
+    NO_PARTNER,
     UNDECODABLE,
     Bad,
     BadRecordError,
     Listing,
     Record,
+    clean_unicode,
     count_bad,
 )
 from pipelines.sources import list_records
 
 LOG_EVERY_S = 5.0
-# Classes that do not cost a picture.
-HARMLESS = (EMPTY_CAPTION,)
+# Classes that cost neither a picture nor what is asked of it.
+HARMLESS = (EMPTY_CAPTION, CLIPPED, CROWD)
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +75,12 @@ class Summary:
     shard: Shard | None
     num_records: int
     num_captions: int
+    num_uncaptioned: int
     sources: dict[str, int]
+    annotations: Counter[str]
+    """Questions, statements, boxes and so on."""
+    answers: set[str]
+    """Distinct answers."""
     bad: list[Bad]
 
 
@@ -90,10 +101,9 @@ def ingest(
     _refuse_finished(config.out)
     listing = list_records(config)
     _remove(config.out, "shard-*.parquet*")  # of an interrupted ingest
-    total = len(listing.records) + sum(one.kind not in HARMLESS for one in listing.bad)
     log.info("%s: %d pictures listed", config.source, len(listing.records))
     bad = list(listing.bad)
-    _stop_if_mostly_bad(config, bad, total)
+    _stop_if_mostly_bad(config, bad, listing)
     summaries = []
     watch = on_progress or _logged_progress()
     done = 0
@@ -102,14 +112,19 @@ def ingest(
         bad += summary.bad
         done += summary.num_records
         watch(done, len(listing.records))
-        _stop_if_mostly_bad(config, bad, total)
+        _stop_if_mostly_bad(config, bad, listing)
     _remove(config.out, "shard-*.parquet.*.tmp")  # of tasks whose worker died
     manifest = _manifest(config, summaries)
+    annotations = sum((summary.annotations for summary in summaries), Counter[str]())
+    bad += _broken_pairs(manifest) if bad and annotations["pairs"] else []
     report = IngestReport(
         folder=config.out,
         content_id=manifest.content_id,
         num_images=manifest.num_images,
         num_captions=manifest.num_captions,
+        num_uncaptioned=manifest.num_uncaptioned,
+        annotations=dict(annotations),
+        num_answers=len(set[str]().union(*(summary.answers for summary in summaries))),
         num_shards=len(manifest.shards),
         sources=manifest.sources,
         bad_counts=count_bad(bad),
@@ -123,6 +138,17 @@ def ingest(
     write_config(config, config.out / "config.json")
     write_manifest(manifest)
     return report
+
+
+def _broken_pairs(manifest: Manifest) -> list[Bad]:
+    """Name the pairs whose left picture would not decode, maybe in another task than theirs."""
+    ids = {name for table in read_columns(manifest, ["image_id"]) for name in table[0].to_pylist()}
+    return [
+        Bad(NO_PARTNER, image_id, f"{pair['left']}: {pair['sentence']}", is_entry=True)
+        for image_id, text in read_rows(manifest, ["image_id", "annotations"])
+        for pair in json.loads(text or "{}").get("pairs", [])
+        if pair["left"] not in ids
+    ]
 
 
 def _refuse_finished(out: Path) -> None:
@@ -178,58 +204,70 @@ def _commit_batch(batch: pa.Table, *, folder: Path, rows: int) -> pa.Table:
 def commit_unit(unit: Unit, *, folder: Path, rows_per_group: int) -> Summary:
     """Write one shard. Doing it again gives the same shard under the same name."""
     bad: list[Bad] = []
-    counts, num_captions = Counter[str](), 0
+    counts, annotated, answers = Counter[str](), Counter[str](), set[str]()
+    num_captions = num_uncaptioned = 0
 
     def rows() -> Iterator[dict[str, Any]]:
-        nonlocal num_captions
+        nonlocal num_captions, num_uncaptioned
         for record in unit.records:
             try:
-                row = _row(record, bad)
+                row, annotations = _row(record, bad)
             except BadRecordError as error:
                 bad.append(Bad(error.kind, record.image_id, str(error)))
                 continue
             counts[row["source"]] += 1
+            annotated.update(count_annotations(annotations))
+            answers.update(*(asked["answers"] for asked in annotations.get("questions", [])))
             num_captions += len(row["captions"])
+            num_uncaptioned += not row["captions"]
             yield row
 
     shard = write_shard(folder, unit.name, rows(), rows_per_group=rows_per_group)
-    return Summary(shard, len(unit.records), num_captions, dict(counts), bad)
+    return Summary(
+        shard,
+        len(unit.records),
+        num_captions,
+        num_uncaptioned,
+        dict(counts),
+        annotated,
+        answers,
+        bad,
+    )
 
 
-def _row(record: Record, bad: list[Bad]) -> dict[str, Any]:
-    """Read and check one record; empty captions are counted in `bad` and left out.
+def _row(record: Record, bad: list[Bad]) -> tuple[dict[str, Any], Annotations]:
+    """Read and check one record; what is left out of it is counted in `bad`.
 
     Raises:
-        BadRecordError: it has no picture that decodes, or no caption.
+        BadRecordError: it has no picture that decodes, or neither caption nor annotations.
     """
     entry = record.load()
-    captions = [_clean_unicode(text) for text in entry.captions]
+    captions = [clean_unicode(text) for text in entry.captions]
     kept = [text for text in captions if text.strip()]
     bad += [Bad(EMPTY_CAPTION, record.image_id, "")] * (len(captions) - len(kept))
-    if not kept:
+    if not kept and entry.annotations is None:
         raise BadRecordError(NO_CAPTION, "all its captions are empty")
     try:
         pixels = decode_image(entry.image)
     except UndecodableImage as error:
         raise BadRecordError(UNDECODABLE, str(error)) from None
-    return {
+    height, width = pixels.shape[:2]
+    annotations: Annotations = json.loads(entry.annotations or "{}")
+    bad += clip_boxes(annotations, width=width, height=height, name=record.image_id)
+    row = {
         "image": entry.image,
         "image_id": record.image_id,
         "captions": kept,
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
+        "width": width,
+        "height": height,
         "source": record.image_id.partition(":")[0],
         "url": entry.url,
         "sha256": hashlib.sha256(entry.image).digest(),
         "phash": perceptual_hash(pixels),
         "split": record.split,
-        "annotations": entry.annotations,
+        "annotations": None if entry.annotations is None else json.dumps(annotations),
     }
-
-
-def _clean_unicode(text: str) -> str:
-    """Normalize to NFC. Halves of surrogate pairs, which UTF-8 cannot hold, become `?`."""
-    return unicodedata.normalize("NFC", text).encode("utf-8", errors="replace").decode("utf-8")
+    return row, annotations
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
@@ -251,15 +289,16 @@ def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
     )
     sources = sum((Counter(summary.sources) for summary in summaries), Counter[str]())
     settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(config).items()
-        if name != "out"
+        field.name: _setting(getattr(config, field.name))
+        for field in fields(config)
+        if field.name != "out"
     }
     manifest = Manifest(
         version=VERSION,
         content_id="",
         num_images=sum(shard.rows for shard in shards),
         num_captions=sum(summary.num_captions for summary in summaries),
+        num_uncaptioned=sum(summary.num_uncaptioned for summary in summaries),
         rows_per_group=config.rows_per_group,
         sources=dict(sorted(sources.items())),
         settings=settings,
@@ -267,13 +306,14 @@ def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
         shards=tuple(shards),
         folder=config.out,
     )
-    columns = ["image_id", "sha256", "captions"]
-    rows = (
-        row
-        for table in read_columns(manifest, columns)
-        for row in zip(*(table[name].to_pylist() for name in columns), strict=True)
-    )
+    rows = read_rows(manifest, ["image_id", "sha256", "captions", "annotations"])
     return replace(manifest, content_id=content_id(rows))
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_setting(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _tool_version() -> str:
@@ -283,16 +323,24 @@ def _tool_version() -> str:
         return "not installed"
 
 
-def _stop_if_mostly_bad(config: IngestConfig, bad: list[Bad], total: int) -> None:
-    num_bad = sum(one.kind not in HARMLESS for one in bad)
-    if num_bad <= config.max_bad_share * total:
-        return
-    report = IngestReport(folder=config.out, bad_counts=count_bad(bad), bad=bad)
-    write_report(report, None)
-    raise InputError(
-        f"{config.source}: {num_bad} of {total} pictures ({num_bad / total:.1%}) are unusable so"
-        f" far, more than --max-bad-share {config.max_bad_share} allows. {_where(config, bad)}"
-    )
+def _stop_if_mostly_bad(config: IngestConfig, bad: list[Bad], listing: Listing) -> None:
+    """Refuse to go on when too large a share of the pictures or of their entries is bad."""
+    listed = [one for one in listing.bad if one.kind not in HARMLESS]
+    for what, is_entry, num_good in (
+        ("pictures", False, len(listing.records)),
+        ("entries", True, listing.num_entries),
+    ):
+        num_bad = sum(one.is_entry == is_entry and one.kind not in HARMLESS for one in bad)
+        total = num_good + sum(one.is_entry == is_entry for one in listed)
+        if num_bad <= config.max_bad_share * total:
+            continue
+        report = IngestReport(folder=config.out, bad_counts=count_bad(bad), bad=bad)
+        write_report(report, None)
+        raise InputError(
+            f"{config.source}: {num_bad} of {total} {what} ({num_bad / max(total, 1):.1%}) are"
+            f" unusable so far, more than --max-bad-share {config.max_bad_share} allows."
+            f" {_where(config, bad)}"
+        )
 
 
 def _where(config: IngestConfig, bad: list[Bad]) -> str:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from albef_core.preprocess import decode_image
+from pipelines.annotations import show_annotations
 from pipelines.manifest import Manifest, read_row_group
 from pipelines.records import Bad
 
@@ -38,6 +39,11 @@ class IngestReport:
     content_id: str = ""
     num_images: int = 0
     num_captions: int = 0
+    num_uncaptioned: int = 0
+    annotations: dict[str, int] = field(default_factory=dict)
+    """Questions, statements, boxes and so on, by name."""
+    num_answers: int = 0
+    """Distinct answers: the size of a list of all."""
     num_shards: int = 0
     sources: dict[str, int] = field(default_factory=dict)
     bad_counts: dict[str, int] = field(default_factory=dict)
@@ -65,6 +71,11 @@ def _as_json(report: IngestReport) -> str:
 def _facts(report: IngestReport) -> Iterator[tuple[str, str | int | float]]:
     yield "images", report.num_images
     yield "captions", report.num_captions
+    if report.num_uncaptioned:
+        yield "images without a caption", report.num_uncaptioned
+    yield from report.annotations.items()
+    if report.num_answers:
+        yield "distinct answers", report.num_answers
     yield "shards", report.num_shards
     yield "content_id", report.content_id or "none: the ingest was stopped"
     yield "seconds", report.seconds
@@ -74,7 +85,7 @@ def _as_markdown(report: IngestReport) -> str:
     lines = ["# Ingest report", "", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _facts(report)]
     lines += [f"| images of {name} | {count} |" for name, count in report.sources.items()]
-    lines += ["", "## Left out", ""]
+    lines += ["", "## Left out or mended", ""]
     if not report.bad:
         lines.append("Nothing.")
     for kind, count in report.bad_counts.items():
@@ -107,8 +118,8 @@ def _as_html(report: IngestReport, manifest: Manifest | None) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Ingest report</title>'
         f"<style>{STYLE}</style><h1>Ingest report</h1><table>{facts}</table>"
-        f"<h2>Left out</h2>{bad or '<p>Nothing.</p>'}"
-        f'<h2>Pictures and captions</h2><div class="sheet">{sheet}</div></html>\n'
+        f"<h2>Left out or mended</h2>{bad or '<p>Nothing.</p>'}"
+        f'<h2>Pictures and what is said of them</h2><div class="sheet">{sheet}</div></html>\n'
     )
 
 
@@ -116,13 +127,14 @@ def _figures(manifest: Manifest) -> Iterator[str]:
     """Show the first rows: they are a random sample, as rows are written in random order."""
     left = SHEET_PICTURES
     for group in manifest.row_groups():
-        columns = ["image", "image_id", "captions"]
+        columns = ["image", "image_id", "captions", "annotations"]
         table = read_row_group(manifest.folder, group.shard, group.index, columns)
         for row in table.slice(0, left).to_pylist():
-            captions = "".join(f"<p>{escape(_shorten(text))}</p>" for text in row["captions"])
+            told = [*row["captions"], *show_annotations(json.loads(row["annotations"] or "{}"))]
+            texts = "".join(f"<p>{escape(_shorten(text))}</p>" for text in told)
             yield (
                 f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(row["image"])}">'
-                f"<figcaption><code>{escape(row['image_id'])}</code>{captions}</figcaption></figure>"
+                f"<figcaption><code>{escape(row['image_id'])}</code>{texts}</figcaption></figure>"
             )
         left -= min(left, table.num_rows)
         if not left:

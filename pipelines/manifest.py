@@ -75,6 +75,8 @@ class Manifest:
     tool_version: str
     shards: tuple[Shard, ...]
     folder: Path
+    num_uncaptioned: int = 0
+    """Pictures without a caption, which only tasks with annotations of their own can use."""
 
     def row_groups(self) -> list[RowGroup]:
         """List all row groups in manifest order; only the last of a shard may be short."""
@@ -86,12 +88,33 @@ class Manifest:
         ]
 
 
-def content_id(rows: Iterable[tuple[str, bytes, Sequence[str]]]) -> str:
-    """Hash (image id, SHA-256 of the picture, captions) of all rows, in any order and sharding."""
+def content_id(rows: Iterable[tuple[str, bytes, Sequence[str], str | None]]) -> str:
+    """Hash (image id, SHA-256 of the picture, captions, annotations) of all rows.
+
+    Neither order nor sharding matters. A row without annotations counts as its first three, so
+    that corpora of captions keep the ids that they had before there were annotations.
+    """
     digest = hashlib.sha256()
-    for row in sorted((image_id, sha256.hex(), list(texts)) for image_id, sha256, texts in rows):
+    told = (
+        (image_id, sha256.hex(), list(texts), *([] if annotations is None else [annotations]))
+        for image_id, sha256, texts, annotations in rows
+    )
+    for row in sorted(told):
         digest.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
+
+
+def check_captioned(manifest: Manifest) -> None:
+    """Refuse a corpus with pictures that have no caption, where every one needs its pair.
+
+    Raises:
+        InputError: there are such pictures.
+    """
+    if manifest.num_uncaptioned:
+        raise InputError(
+            f"{manifest.folder}: {manifest.num_uncaptioned} of {manifest.num_images} pictures have"
+            " no caption, and pre-training needs one of each. Pass a corpus of captions."
+        )
 
 
 def write_shard(
@@ -175,6 +198,12 @@ def read_columns(manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.Tabl
     for shard in manifest.shards:
         with pq.ParquetFile(manifest.folder / SHARD_FOLDER / shard.name) as file:
             yield file.read(columns=list(columns))
+
+
+def read_rows(manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield some columns of every row in manifest order."""
+    for table in read_columns(manifest, columns):
+        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def read_captions(manifest: Manifest) -> Iterator[list[str]]:

@@ -153,7 +153,7 @@ def prepare_block(spec: FeedSpec, *, step: int, start: int, stop: int) -> dict[s
         one stands in, else "".
 
     Raises:
-        InputError: `MAX_STAND_INS` pictures in a row do not decode.
+        InputError: `MAX_STAND_INS` pictures in a row do not decode, or one has no caption.
     """
     corpus = open_corpus(spec.corpus)
     epoch, step_of_epoch = divmod(step, steps_per_epoch(corpus.num_images, spec.batch_size))
@@ -226,6 +226,11 @@ def _decode(corpus: Corpus, candidates: NDArray[np.int64]) -> tuple[Source, NDAr
 
 def _caption(spec: FeedSpec, source: Source, *, epoch: int, rng: np.random.Generator) -> str:
     count = len(source.captions)
+    if not count:
+        raise InputError(
+            f"{spec.corpus}: {source.image_id} has no caption, and pre-training needs one of each"
+            " picture. Pass a corpus of captions."
+        )
     if spec.caption_policy == "random":
         return source.captions[rng.integers(count)]
     # An order of its own for every image, the same in all epochs: after `count` of them all have

@@ -1,6 +1,7 @@
 """One picture of an ingest's input before it is read, and the ways in which it can be bad."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,31 @@ NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 MALFORMED = "malformed record"
 DUPLICATE = "duplicate id"
+NOTHING_SAID = "neither caption nor annotation"
+EMPTY_TEXT = "empty text"
+NO_ANSWER = "question without answer"
+NO_QUESTION = "answers without their question"
+NO_GOLD_LABEL = "no gold label"
+UNKNOWN_LABEL = "unknown label"
+NO_PARTNER = "pair without its left picture"
+NO_BOX = "expression without box"
+NOT_A_BOX = "not a box"
+CROWD = "box of a crowd"
+OUTSIDE = "box outside the picture"
+CLIPPED = "box clipped to the picture"
 
 
 @dataclass(frozen=True)
 class Bad:
-    """Something of the input that cannot be used: its class, its name, and what was found."""
+    """Something of the input that cannot be used: its class, its name, and what was found.
+
+    `is_entry`: one of several entries on a picture, so that the picture itself may still be used.
+    """
 
     kind: str
     name: str
     detail: str
+    is_entry: bool = False
 
 
 class BadRecordError(Exception):
@@ -65,7 +82,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one record holds: the encoded picture and raw captions."""
+    """What one record holds: the encoded picture, raw captions, annotations as JSON.
+
+    Without a caption it needs annotations, and be they `{}`, as of a left picture of a pair.
+    """
 
     image: bytes
     captions: list[str]
@@ -93,10 +113,14 @@ class Record(Protocol):
 
 @dataclass
 class Listing:
-    """All records of the input, and what was unusable already when it was listed."""
+    """All records of the input, and what was unusable already when it was listed.
+
+    `num_entries` counts what lists hold, several entries a picture: bad ones are a share of it.
+    """
 
     records: list[Record] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
+    num_entries: int = 0
 
 
 def without_duplicates(listing: Listing) -> Listing:
@@ -108,7 +132,7 @@ def without_duplicates(listing: Listing) -> Listing:
             listing.bad.append(bad)
         else:
             kept[record.image_id] = record
-    return Listing(list(kept.values()), listing.bad)
+    return Listing(list(kept.values()), listing.bad, listing.num_entries)
 
 
 def source_and_split(file: Path) -> tuple[str, str | None]:
@@ -138,6 +162,11 @@ def caption_fields(entry: Any) -> tuple[list[str], str | None]:
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise BadRecordError(MALFORMED, "`caption` is neither a text nor a list of texts")
     return captions, url if isinstance(url, str) else None
+
+
+def clean_unicode(text: str) -> str:
+    """Normalize to NFC. Halves of surrogate pairs, which UTF-8 cannot hold, become `?`."""
+    return unicodedata.normalize("NFC", text).encode("utf-8", errors="replace").decode("utf-8")
 
 
 def count_bad(bad: Iterable[Bad]) -> dict[str, int]:

@@ -5,6 +5,7 @@ Picture i of a seed is a pure function of (seed, i): it does not depend on how m
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import cv2
 
@@ -79,17 +80,21 @@ def _stray_captions(seed: int, index: int, captions: list[str], noise: Dice) -> 
             return stray
 
 
-def _ground_truth(seed: int, index: int, scene: Scene) -> dict:
-    """Say all that later tasks ask; a pair is the picture before, left, and this one, right."""
+def _ground_truth(seed: int, index: int, scene: Scene) -> dict[str, Any]:
+    """Say all that tasks ask, and how the picture was made.
+
+    A pair is the picture before, left, and this one, right; the first picture has none.
+    """
     dice = Dice(seed, index, TASKS)
-    return {
+    truth: dict[str, Any] = {
         "objects": [
             {
+                "box": thing.box,
+                "expression": f"the {thing.size} {thing.name}",
+                "category": thing.shape,
                 "color": thing.color,
                 "shape": thing.shape,
                 "size": thing.size,
-                "box": thing.box,
-                "expression": f"the {thing.size} {thing.name}",
             }
             for thing in scene.things
         ],
@@ -98,10 +103,11 @@ def _ground_truth(seed: int, index: int, scene: Scene) -> dict:
         "relations": [asdict(relation) for relation in scene.relations],
         "questions": ask(scene, dice),
         "entailment": state(scene, dice),
-        "pairs": [
-            {"left": shapes_id(seed, index - 1), **statement}
-            for statement in compare(throw_scene(seed, index - 1), scene, dice)
-        ]
-        if index
-        else [],
     }
+    if index:
+        before = throw_scene(seed, index - 1)
+        truth["pairs"] = [
+            {"left": shapes_id(seed, index - 1), **statement}
+            for statement in compare(before, scene, dice)
+        ]
+    return truth

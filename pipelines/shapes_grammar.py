@@ -116,8 +116,8 @@ def add_words(caption: str, dice: Dice) -> str:
     return " ".join([*words[:cut], extra, *words[cut:]])
 
 
-def ask(scene: Scene, dice: Dice) -> list[dict[str, str]]:
-    """Ask questions that have one right answer, of one or two words."""
+def ask(scene: Scene, dice: Dice) -> list[dict[str, Any]]:
+    """Ask questions that have one right answer, of one or two words; types are those of VQA v2."""
     thing, number = dice.pick(scene.things), len(scene.things)
     questions = [
         (f"what color is the {thing.shape}?", thing.color),
@@ -139,7 +139,16 @@ def ask(scene: Scene, dice: Dice) -> list[dict[str, str]]:
         # With three things a third may lie in that direction too, diagonally.
         if number == 2:
             questions.append((f"what is {fact.name} the {second.name}?", first.name))
-    return [{"question": question, "answer": answer} for question, answer in questions]
+    return [
+        {"question": question, "answers": [answer], "answer_type": _answer_type(answer)}
+        for question, answer in questions
+    ]
+
+
+def _answer_type(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer in NUMBERS else "other"
 
 
 def _absent(scene: Scene, dice: Dice) -> str:

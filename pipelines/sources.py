@@ -1,9 +1,10 @@
 """The input of ingest: which of the accepted forms it has, and every picture that it lists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from albef_core.errors import InputError
+from pipelines.annotation_extras import read_extras
 from pipelines.config import IngestConfig
 from pipelines.json_lists import list_json
 from pipelines.records import Entry, Listing
@@ -11,10 +12,11 @@ from pipelines.shapes import shapes_id, shapes_picture
 from pipelines.tars import list_tars
 
 ACCEPTED = (
-    "Accepted are `shapes`, a JSON list of entries with `image` and `caption`, WebDataset tars"
-    " (KEY.jpg with KEY.txt or KEY.json), a tar of pictures with one JSON list beside it, a folder"
-    " or a pattern of such files."
+    "Accepted are `shapes`, JSON or JSON Lines of captions or annotations (ALBEF's lists,"
+    " Karpathy's splits, SNLI-VE, VQA v2, NLVR2, COCO), WebDataset tars (KEY.jpg with KEY.txt or"
+    " KEY.json), a tar of pictures with one list beside it, a folder or a pattern of such files."
 )
+LIST_SUFFIXES = {".json", ".jsonl"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +49,60 @@ def list_records(config: IngestConfig) -> Listing:
     """Recognize the form of `--source` and list what is in it.
 
     `shapes` is the generated set. Otherwise the source names files, by path, by pattern, or as a
-    folder that holds them (its `*.json`; without any, its `*.tar`). `.json` files are lists of
-    entries; tars with captions inside are WebDatasets; a tar without goes with the one JSON list
-    beside it.
+    folder that holds them (its `*.json` and `*.jsonl`; without any, its `*.tar`). JSON is told
+    apart by its content; tars with captions inside are WebDatasets; a tar without goes with the one
+    list beside it.
 
     Raises:
-        InputError: the source is anything else.
+        InputError: the source is anything else, or nothing in it is of `--split`.
     """
     if config.source == "shapes":
+        _refuse(config, "`shapes`", "images", "annotations", "split")
         shares = config.wrong_captions, config.extra_words
         numbers = range(config.num_images)
         return Listing([ShapesRecord(config.seed, number, *shares) for number in numbers])
     files = _find_files(config.source)
     suffixes = {file.suffix.lower() for file in files}
-    if suffixes == {".json"}:
-        return list_json(files, config.images)
+    if suffixes <= LIST_SUFFIXES:
+        return _list_json(config, files, config.images)
     if suffixes != {".tar"}:
         raise InputError(f"--source {config.source}: found {_enumerate(files)}. {ACCEPTED}")
-    if config.images is not None:
-        raise InputError("--images goes with a JSON list; a tar holds its own. Leave it out.")
+    _refuse(config, "a tar, which holds its own", "images")
     listing = list_tars(files)
     if listing.records or len(files) > 1:
-        return listing
-    lists = sorted(files[0].parent.glob("*.json"))
+        _refuse(config, "WebDataset tars", "annotations")
+        return _of_split(config, listing)
+    lists = _lists_in(files[0].parent)
     if len(lists) != 1:
         found = f"{len(lists)} JSON lists ({_enumerate(lists)})" if lists else "no JSON list"
         raise InputError(
             f"--source {config.source}: a tar without captions, with {found} beside it."
             " Pass the list: --source LIST.json --images THIS.tar."
         )
-    return list_json(lists, files[0])
+    return _list_json(config, lists, files[0])
+
+
+def _list_json(config: IngestConfig, files: list[Path], images: Path | None) -> Listing:
+    extras = read_extras(config.annotations)
+    return list_json(files, images, extras=extras, split=config.split)
+
+
+def _refuse(config: IngestConfig, where: str, *names: str) -> None:
+    for field in fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise InputError(f"--{field.name} does not go with {where}. Leave it out.")
+
+
+def _of_split(config: IngestConfig, listing: Listing) -> Listing:
+    if config.split == "all":
+        return listing
+    records = [record for record in listing.records if record.split == config.split]
+    if not records:
+        found = ", ".join(sorted({record.split or "no split" for record in listing.records}))
+        raise InputError(
+            f"--split {config.split}: the source has {found}. Pass one of those, or all."
+        )
+    return replace(listing, records=records)
 
 
 def _find_files(source: str) -> list[Path]:
@@ -84,14 +110,18 @@ def _find_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(path.glob("*.json")) or sorted(path.glob("*.tar"))
-        what = "a folder with neither *.json nor *.tar"
+        files = _lists_in(path) or sorted(path.glob("*.tar"))
+        what = "a folder with neither *.json nor *.jsonl nor *.tar"
     else:
         files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         what = "no such file, and nothing that matches it as a pattern"
     if not files:
         raise InputError(f"--source {source}: {what}. {ACCEPTED}")
     return files
+
+
+def _lists_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in LIST_SUFFIXES)
 
 
 def _enumerate(files: list[Path]) -> str:

@@ -22,7 +22,7 @@ from pipelines.checkpoint_store import CheckpointStore, Found
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig, TrainConfig
 from pipelines.config_file import write_config
-from pipelines.manifest import read_manifest
+from pipelines.manifest import check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         Preempted: the training was asked to stop, and left a checkpoint.
     """
     config = with_absolute_names(config)
-    manifest = read_manifest(config.corpus)
+    check_captioned(manifest := read_manifest(config.corpus))
     course = Course(
         task=PretrainingTask,
         corpus_id=manifest.content_id,

@@ -81,12 +81,16 @@ class SmallCorpus:
 def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SmallCorpus]:
     """Give a function that writes a corpus of some 40x40 JPEGs with two captions each."""
 
-    def make(num_images: int, *, broken: Collection[int] = ()) -> SmallCorpus:
-        """Write it in 16-row groups; pictures whose number is in `broken` are cut short."""
+    def make(
+        num_images: int, *, broken: Collection[int] = (), uncaptioned: Collection[int] = ()
+    ) -> SmallCorpus:
+        """Write it in 16-row groups; `broken` pictures are cut short, others have no caption."""
         root = tmp_path_factory.mktemp("corpus")
         rows = [picture_row(number) for number in range(num_images)]
         for number in broken:
             rows[number]["image"] = rows[number]["image"][:200]
+        for number in uncaptioned:
+            rows[number]["captions"] = []
         manifest = write_corpus(root / "corpus", rows, rows_per_shard=120, rows_per_group=16)
         captions = (caption for captions in read_captions(manifest) for caption in captions)
         Tokenizer.learn(captions, vocab_size=300).save(root / "tokenizer")
@@ -134,9 +138,12 @@ def write_corpus(
         shards.append(write_shard(folder, name, part, rows_per_group=rows_per_group))
     manifest = Manifest(
         version=1,
-        content_id=content_id((row["image_id"], row["sha256"], row["captions"]) for row in rows),
+        content_id=content_id(
+            (row["image_id"], row["sha256"], row["captions"], row["annotations"]) for row in rows
+        ),
         num_images=len(rows),
         num_captions=sum(len(row["captions"]) for row in rows),
+        num_uncaptioned=sum(not row["captions"] for row in rows),
         rows_per_group=rows_per_group,
         sources={"test": len(rows)},
         settings={},

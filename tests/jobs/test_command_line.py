@@ -114,6 +114,15 @@ def test_a_job_without_presets_reads_its_class() -> None:
     assert config == IngestConfig(source="shapes", out=Path("c"), num_images=9)
 
 
+def test_a_flag_may_take_several_files() -> None:
+    flags = ["--source", "s", "--annotations", "a.json", "b.json", "--out", "c"]
+
+    config = parse(IngestConfig, args=flags)
+
+    assert config.annotations == (Path("a.json"), Path("b.json"))
+    assert config.out == Path("c")
+
+
 def test_a_job_without_presets_starts_from_a_file_and_flags_change_it(tmp_path: Path) -> None:
     saved = IngestConfig(source="shapes", out=Path("old"), num_images=9, seed=4)
     write_config(saved, tmp_path / "config.json")

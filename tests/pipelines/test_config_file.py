@@ -38,11 +38,18 @@ def test_every_preset_comes_back_from_its_file(
     "config",
     [
         IngestConfig(source="shapes", out=Path("a/b"), images=Path("pictures.tar")),
+        IngestConfig(source="a.json", out=Path("a"), annotations=(Path("b"), Path("c"))),
         EvaluateConfig(model="models:/albef-pretrain/1", corpus=Path("c"), json=None),
         QuickstartConfig(out=Path("q"), steps=9),
         dataclasses.replace(tiny(), recipe=paper_2021(), steps=7, epochs=None),
     ],
-    ids=["ingest", "evaluate", "quickstart", "pretrain with the 2021 recipe"],
+    ids=[
+        "ingest",
+        "ingest with a second file",
+        "evaluate",
+        "quickstart",
+        "pretrain with the 2021 recipe",
+    ],
 )
 def test_every_job_s_config_comes_back_from_its_file(config: object, tmp_path: Path) -> None:
     write_config(config, tmp_path / "config.json")

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, Recipe, TextConfig
+from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import save_model
@@ -189,6 +190,14 @@ def test_a_corpus_without_leak_report_is_a_warning_and_a_leak_a_failure(
     assert finding.verdict == "fail"
     assert "3 of coco-test" in finding.remedy
     assert "flickr-test" not in finding.remedy
+
+
+def test_a_corpus_with_pictures_without_captions_is_refused_before_ray_is_asked_for(
+    make_corpus: Callable[..., SmallCorpus], tmp_path: Path
+) -> None:
+    corpus = make_corpus(8, uncaptioned=[2, 5]).folder
+    with pytest.raises(InputError, match="2 of 8 pictures have no caption"):
+        examine(setting(corpus, tmp_path))
 
 
 def test_a_batch_larger_than_the_corpus_fails_with_its_size(

@@ -1,13 +1,11 @@
-import io
 import json
 import os
 import signal
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from albef_core.errors import InputError
 from albef_core.preprocess import decode_image
@@ -17,50 +15,14 @@ from pipelines.ingest import Unit, commit_unit, ingest, perceptual_hash
 from pipelines.manifest import SCHEMA, read_captions, read_columns, read_manifest
 from pipelines.shapes import shapes_picture
 from pipelines.sources import list_records
-
-
-def picture(number: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
-    """A picture unlike those of other numbers."""
-    image = Image.new("RGB", size, (250, 240, 230))
-    x = number * 7 % 25
-    ImageDraw.Draw(image).rectangle((x, 3, x + 9, 20), fill=(number * 40 % 256, 90, 160))
-    return image.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_list(folder: Path, entries: list, name: str = "cats.json") -> Path:
-    (folder / name).write_text(json.dumps(entries))
-    return folder / name
-
-
-def config_of(source: Path | str, out: Path, **options) -> IngestConfig:
-    return IngestConfig(source=str(source), out=out, **options)
-
-
-def commit(source: Path, out: Path, **options) -> tuple[list[dict], list[tuple[str, str]]]:
-    """List and commit a source in this process; return its rows, sorted, and what was bad."""
-    listing = list_records(config_of(source, out, **options))
-    unit = Unit("shard-00000.parquet", listing.records)
-    summary = commit_unit(unit, folder=out, rows_per_group=256)
-    bad = [(one.kind, one.name) for one in (*listing.bad, *summary.bad)]
-    if summary.shard is None:
-        return [], bad
-    table = ingest_module.pa.parquet.read_table(out / "shards" / summary.shard.name)
-    return sorted(table.to_pylist(), key=lambda row: row["image_id"]), bad
+from tests.pipelines.ingest_sources import (
+    commit,
+    config_of,
+    encoded,
+    picture,
+    write_list,
+    write_tar,
+)
 
 
 def commit_one(tmp_path: Path, data: bytes, captions: str | list[str] = "a cat"):

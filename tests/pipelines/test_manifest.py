@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -99,20 +100,32 @@ def test_captions_come_in_manifest_order(corpus):
 
 
 def test_content_id_does_not_depend_on_order():
-    rows = [(f"a:{number}", bytes([number]) * 32, [f"c{number}"]) for number in range(10)]
+    rows = [(f"a:{number}", bytes([number]) * 32, [f"c{number}"], None) for number in range(10)]
     assert content_id(rows) == content_id(reversed(rows))
 
 
 @pytest.mark.parametrize(
     "other",
-    [("a:2", b"\1" * 32, ["c"]), ("a:1", b"\2" * 32, ["c"]), ("a:1", b"\1" * 32, ["c", "d"])],
+    [
+        ("a:2", b"\1" * 32, ["c"], None),
+        ("a:1", b"\2" * 32, ["c"], None),
+        ("a:1", b"\1" * 32, ["c", "d"], None),
+        ("a:1", b"\1" * 32, ["c"], "{}"),
+    ],
 )
-def test_content_id_depends_on_id_picture_and_captions(other):
-    assert content_id([("a:1", b"\1" * 32, ["c"])]) != content_id([other])
+def test_content_id_depends_on_id_picture_captions_and_annotations(other):
+    assert content_id([("a:1", b"\1" * 32, ["c"], None)]) != content_id([other])
+
+
+def test_content_id_of_captions_alone_is_the_one_of_before_annotations():
+    written = b'["a:1","%s",["c"]]\n' % (b"01" * 32)
+    found = content_id([("a:1", b"\1" * 32, ["c"], None)])
+    assert found == hashlib.sha256(written).hexdigest()
 
 
 def test_content_id_keeps_captions_apart():
-    assert content_id([("a", b"\1", ["b c"])]) != content_id([("a", b"\1", ["b", "c"])])
+    one, other = ([("a", b"\1", texts, None)] for texts in (["b c"], ["b", "c"]))
+    assert content_id(one) != content_id(other)
 
 
 def test_a_shard_without_rows_leaves_nothing(tmp_path):

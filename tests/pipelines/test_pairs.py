@@ -174,6 +174,12 @@ def test_a_corpus_that_does_not_decode_at_all_is_refused(spec, make_corpus):
         prepare_block(replace(spec, corpus=corpus.folder), step=0, start=0, stop=8)
 
 
+def test_a_picture_without_a_caption_is_refused_by_name(spec, make_corpus):
+    corpus = make_corpus(8, uncaptioned=[5])
+    with pytest.raises(InputError, match="picture-005 has no caption"):
+        prepare_block(replace(spec, corpus=corpus.folder, batch_size=8), step=0, start=0, stop=8)
+
+
 def test_image_keys_fit_a_signed_64_bit_number_and_are_never_negative():
     keys = [image_key(f"picture-{number}") for number in range(1000)]
     assert len(set(keys)) == 1000

@@ -201,6 +201,15 @@ def test_mistakes_are_refused_before_any_worker_starts(
         pretrain(small_run(small_corpus.folder, tmp_path, text_weights=missing))
 
 
+def test_pictures_without_captions_are_refused_before_ray_is_asked_for(
+    make_corpus: Callable[..., SmallCorpus], tmp_path: Path
+) -> None:
+    corpus = make_corpus(8, uncaptioned=[2, 5]).folder
+    with pytest.raises(InputError, match="2 of 8 pictures have no caption"):
+        pretrain(small_run(corpus, tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_too_many_rotten_pictures_stop_the_run_with_their_number(
