@@ -151,6 +151,9 @@ class Recipe:
     decay_weights_only: bool = True
     """Weight decay spares the temperature, position embeddings and the class token, because
     pulling them to zero means nothing; the published code decays all but 1-d tensors and biases."""
+    count_first_token_once: bool = True
+    """VQA ranks answers by their likelihood, in which each token counts once; the published code
+    multiplies it by the probability of the first token, which the likelihood holds already."""
 
     def __post_init__(self) -> None:
         if self.negatives == "global" and not self.global_keys:
@@ -180,6 +183,7 @@ def paper_2021() -> Recipe:
         quiet_teacher=False,
         saturate_pixels=False,
         decay_weights_only=False,
+        count_first_token_once=False,
     )
 
 

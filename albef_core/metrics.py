@@ -1,5 +1,7 @@
-"""Retrieval metrics: ranks, recall, chance level and bootstrap intervals. Plain numpy."""
+"""Metrics, in plain numpy: of retrieval, with chance level and bootstrap intervals; of VQA."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,3 +101,56 @@ def retrieval_metrics(
 
 def _hits(ranks: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N K"]:
     return ranks[:, None] < np.array(RECALLS_AT)
+
+
+NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+ARTICLES = frozenset(("a", "an", "the"))
+# Not those that without the apostrophe are words of their own, such as "hell" and "its".
+_CONTRACTIONS = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
+    needn't shouldn't wasn't weren't won't wouldn't could've might've must've should've they've
+    we've would've you've i've i'm they'd you'd he'd it'd that'd who'd they'll you'll it'll that'll
+    who'll they're you're he's she's that's there's what's where's who's how's someone's somebody's
+    something's everyone's ma'am o'clock y'all
+"""
+CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
+
+
+def normalize_answer(answer: str) -> str:
+    """Write an answer as the VQA v2 evaluation compares it (visualqa.org/evaluation.html).
+
+    Lower case; no periods but decimal points; no comma inside a number; other punctuation, apart
+    from apostrophe and colon, becomes a space; number words up to ten become digits; articles go;
+    contractions get a missing apostrophe back.
+    """
+    text = re.sub(r"\.(?!\d)|(?<=\d),(?=\d)", "", answer.lower())
+    text = re.sub(r"[^\w\s.':]|_", " ", text)
+    words = (NUMBER_WORDS.get(word, word) for word in text.split() if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+def vqa_accuracies(
+    answers: Sequence[str], annotations: Sequence[Sequence[str]]
+) -> Float[np.ndarray, " N"]:
+    """Score answers against those of each question's annotators, as VQA v2 does; 0 to 1.
+
+    Three annotators who said the same make an answer right, two make it two thirds right; that is
+    averaged over leaving out each annotator in turn. Made for ten annotators: with fewer than four,
+    not even their own answer is wholly right.
+    """
+    scores = []
+    for answer, given in zip(answers, annotations, strict=True):
+        said = normalize_answer(answer)
+        same = [said == normalize_answer(other) for other in given]
+        scores.append(np.mean([min((sum(same) - own) / 3, 1) for own in same]))
+    return np.array(scores)
+
+
+def exact_matches(answers: Sequence[str], truths: Sequence[str]) -> Bool[np.ndarray, " N"]:
+    """Say which answers out of a closed list are the right ones, letter by letter."""
+    return np.array([a == b for a, b in zip(answers, truths, strict=True)], dtype=bool)

@@ -15,8 +15,8 @@ SITES_PER_LAYER = 5
 """Places in a layer where numbers are dropped, each with a mask of its own."""
 
 
-class TextEncoder(nn.Module):
-    """Embeddings and the first layers of BERT, without a look at the image (ALBEF section 3.1)."""
+class TokenEmbeddings(nn.Module):
+    """BERT's embeddings: what a stack of layers over token ids begins with."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,6 +26,22 @@ class TextEncoder(nn.Module):
         self.type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = KeyedDropout(config.dropout, site=0)
+
+    def embed(
+        self, token_ids: Int[Tensor, "B L"], keys: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B L W"]:
+        """Look up word and place of every token. `keys` fix each row's dropout."""
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        # All texts are segment 0, so BERT's segment embedding is one constant vector.
+        tokens = self.word_embeddings(token_ids) + self.position_embeddings(positions)
+        return self.dropout(self.norm(tokens + self.type_embeddings.weight[0]), keys)
+
+
+class TextEncoder(TokenEmbeddings):
+    """Embeddings and the first layers of BERT, without a look at the image (ALBEF section 3.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         self.layers = nn.ModuleList(TextLayer(config, number=n) for n in range(config.text_layers))
         self.apply(initialize_bert)
 
@@ -36,10 +52,7 @@ class TextEncoder(nn.Module):
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Encode captions; the first token is [CLS]. `keys` fix each row's dropout."""
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
-        # All captions are segment 0, so BERT's segment embedding is one constant vector.
-        tokens = self.word_embeddings(token_ids) + self.position_embeddings(positions)
-        tokens = self.dropout(self.norm(tokens + self.type_embeddings.weight[0]), keys)
+        tokens = self.embed(token_ids, keys)
         for layer in self.layers:
             tokens = layer(tokens, attention_mask, keys=keys)
         return tokens
@@ -118,7 +131,7 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "B L W"],
         attended: Float[Tensor, "B K I"],
         *,
-        mask: Bool[Tensor, "B 1 1 K"] | None = None,
+        mask: Bool[Tensor, "B 1 #L K"] | None = None,
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Let every token look at `attended`, where the mask is True."""

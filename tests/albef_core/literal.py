@@ -121,6 +121,27 @@ def mlm_losses(
     return (1 - alpha) * hard + alpha * soft, hard, soft
 
 
+def vqa_losses(
+    logits: Sequence[np.ndarray],
+    teacher_logits: Sequence[np.ndarray],
+    answers: Sequence[Sequence[int]],
+    *,
+    alpha: float,
+) -> list:
+    """Of each answer: its tokens' cross-entropies and the teacher's, mixed and added up."""
+    losses = []
+    for rows, teacher_rows, answer in zip(logits, teacher_logits, answers, strict=True):
+        loss = 0.0
+        for place, token in enumerate(answer[1:]):
+            log_shares = log_softmax(rows[place])
+            soft = 0.0
+            for share, log_share in zip(softmax(teacher_rows[place]), log_shares, strict=True):
+                soft = soft - share * log_share
+            loss = loss + (1 - alpha) * -log_shares[token] + alpha * soft
+        losses.append(loss)
+    return losses
+
+
 def moving_average(teacher: np.ndarray, student: np.ndarray, *, momentum: float) -> np.ndarray:
     """Momentum times the old plus the rest of the new, number by number."""
     moved = np.zeros(teacher.shape)
@@ -225,5 +246,30 @@ def text_layer(
         tokens = attention(
             tokens, image_tokens, everything, weights, "cross_attention", num_heads=num_heads
         )
+    return mlp(tokens, weights)
+
+
+def mlp(tokens: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     raised = gelu(linear(tokens, weights, "mlp.up"))
     return layer_norm(tokens + linear(raised, weights, "mlp.down"), weights, "mlp.norm")
+
+
+def decoder_layer(
+    tokens: np.ndarray,
+    question: np.ndarray,
+    visible: Sequence[bool],
+    weights: Mapping[str, np.ndarray],
+    *,
+    num_heads: int,
+) -> np.ndarray:
+    """One answer through one decoder layer: each token looks at its past, then at the question."""
+    rows = []
+    for place in range(len(tokens)):
+        own, past = tokens[place : place + 1], tokens[: place + 1]
+        everything = [True] * len(past)
+        rows.append(
+            attention(own, past, everything, weights, "self_attention", num_heads=num_heads)
+        )
+    written = np.concatenate(rows)
+    looked = attention(written, question, visible, weights, "cross_attention", num_heads=num_heads)
+    return mlp(looked, weights)

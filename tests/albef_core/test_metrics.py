@@ -9,10 +9,13 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 
 from albef_core.metrics import (
+    exact_matches,
     hit_chance,
     image_to_text_ranks,
+    normalize_answer,
     retrieval_metrics,
     text_to_image_ranks,
+    vqa_accuracies,
 )
 from tests.golden_folder import GOLDEN, needs_golden
 
@@ -177,3 +180,65 @@ def test_ranks_equal_the_official_evaluation_where_it_has_one():
         else:
             found = text_to_image_ranks(scores.T, image_of_text)
         np.testing.assert_array_equal(found[ranks >= 0], ranks[ranks >= 0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "normalized"),
+    [
+        ("Yes", "yes"),
+        (" A  red,\twooden chair. ", "red wooden chair"),
+        ("the U.S.A.", "usa"),
+        ("3.5 and .5", "3.5 and .5"),
+        ("100,978", "100978"),
+        ("1,000,000 or 2, 3", "1000000 or 2 3"),
+        ("half-full/half_empty?", "half full half empty"),
+        ("girl's", "girl's"),
+        ("2:50 pm", "2:50 pm"),
+        ("Zero, ten, none, eleven", "0 10 0 eleven"),
+        ("dont", "don't"),
+        ("Its hell, whats left", "its hell what's left"),
+        ("an", ""),
+        ("someone", "someone"),
+    ],
+)
+def test_answers_are_compared_without_what_does_not_matter(answer, normalized):
+    assert normalize_answer(answer) == normalized
+    assert normalize_answer(normalized) == normalized
+
+
+def test_three_who_agree_make_an_answer_right():
+    annotators = ["red"] * 3 + ["blue"] * 2 + ["green"] + ["Black."] * 4
+    for answer, hits in {"red": 3, "blue": 2, "green": 1, "a black": 4, "white": 0}.items():
+        # Of the ten ways to leave one annotator out, `hits` leave one out who agrees.
+        expected = (hits * min((hits - 1) / 3, 1) + (10 - hits) * min(hits / 3, 1)) / 10
+        assert vqa_accuracies([answer], [annotators]) == pytest.approx(expected)
+    # The well-known round figures: 0.3, 0.6, 0.9, 1.
+    found = [vqa_accuracies([a], [annotators])[0] for a in ("green", "blue", "red", "black")]
+    assert found == pytest.approx([0.3, 0.6, 0.9, 1.0])
+
+
+@settings(deadline=None)
+@given(
+    answer=st.sampled_from(["a", "b", "c"]),
+    annotators=st.lists(st.sampled_from(["b", "c", "d"]), min_size=10, max_size=10),
+)
+def test_vqa_accuracy_equals_a_slow_count(answer, annotators):
+    total = 0.0
+    for left_out in range(10):
+        others = annotators[:left_out] + annotators[left_out + 1 :]
+        total += min(sum(other == answer for other in others) / 3, 1)
+    assert vqa_accuracies([answer], [annotators]) == pytest.approx(total / 10)
+
+
+def test_every_question_has_a_score_of_its_own():
+    found = vqa_accuracies(["2", "cat"], [["two"] * 10, ["dog"] * 9 + ["cat"]])
+    assert found == pytest.approx([1, 0.3])
+
+
+def test_an_exact_match_is_letter_by_letter():
+    assert exact_matches(["yes", "Yes", "no"], ["yes", "yes", "yes"]).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    assert exact_matches([], []).tolist() == []
