@@ -1,12 +1,30 @@
 """What one training step receives, and how pixels become numbers."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from albef_core.preprocess import MEAN, STD
+
+
+@runtime_checkable
+class Share(Protocol):
+    """One worker's share of a global batch, whatever the task."""
+
+    @property
+    def images(self) -> Tensor:
+        """Give the pictures, a row of them for each row of the share."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Count the rows of the global batch."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

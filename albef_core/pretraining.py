@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from albef_core.batch import PairBatch
+from albef_core.batch import PairBatch, Share
 from albef_core.chunks import in_chunks
 from albef_core.config import Recipe
 from albef_core.distributed import (
@@ -89,9 +89,9 @@ def pretraining_step(
 
 
 class Place:
-    """Where this worker's pairs stand in the global batch, and what follows from it."""
+    """Where this worker's rows stand in the global batch, and what follows from it."""
 
-    def __init__(self, batch: PairBatch, *, seed: int, micro_batch_size: int | None) -> None:
+    def __init__(self, batch: Share, *, seed: int, micro_batch_size: int | None) -> None:
         self.total, self.own = batch.total, own_share(batch.total)
         assert len(self.own) == len(batch), "every worker holds its share of the global batch"
         self.rows = torch.arange(self.own.start, self.own.stop, device=batch.images.device)
