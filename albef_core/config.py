@@ -151,6 +151,9 @@ class Recipe:
     decay_weights_only: bool = True
     """Weight decay spares the temperature, position embeddings and the class token, because
     pulling them to zero means nothing; the published code decays all but 1-d tensors and biases."""
+    loaded_teacher: bool = True
+    """NLVR2's teacher starts from the pre-trained weights as its student does; the published code
+    copies the student before it loads them, so that the teacher starts without pre-training."""
 
     def __post_init__(self) -> None:
         if self.negatives == "global" and not self.global_keys:
@@ -180,6 +183,7 @@ def paper_2021() -> Recipe:
         quiet_teacher=False,
         saturate_pixels=False,
         decay_weights_only=False,
+        loaded_teacher=False,
     )
 
 

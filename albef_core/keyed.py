@@ -26,6 +26,8 @@ class Stream(IntEnum):
     TEACHER_MASKED = 6
     IMAGE_DRAW = 7
     TEXT_DRAW = 8
+    ASSIGNMENT = 9
+    SECOND_IMAGE_DRAW = 10
 
 
 def row_keys(rows: Int[Tensor, " B"], *, seed: int, stream: Stream) -> Int[Tensor, " B"]:
