@@ -12,11 +12,11 @@ from albef_core.preprocess import MEAN, STD
 
 @runtime_checkable
 class Share(Protocol):
-    """One worker's share of a global batch, of pairs or of a task's rows."""
+    """One worker's share of a global batch, whatever the task."""
 
     @property
     def images(self) -> Tensor:
-        """Give the pictures; they say on which device the batch is."""
+        """Give the pictures, a row of them for each row of the share."""
         ...
 
     @property

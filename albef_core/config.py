@@ -154,6 +154,9 @@ class Recipe:
     count_first_token_once: bool = True
     """VQA ranks answers by their likelihood, in which each token counts once; the published code
     multiplies it by the probability of the first token, which the likelihood holds already."""
+    loaded_teacher: bool = True
+    """NLVR2's teacher starts from the pre-trained weights as its student does; the published code
+    copies the student before it loads them, so that the teacher starts without pre-training."""
 
     def __post_init__(self) -> None:
         if self.negatives == "global" and not self.global_keys:
@@ -184,6 +187,7 @@ def paper_2021() -> Recipe:
         saturate_pixels=False,
         decay_weights_only=False,
         count_first_token_once=False,
+        loaded_teacher=False,
     )
 
 

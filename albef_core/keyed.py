@@ -28,6 +28,8 @@ class Stream(IntEnum):
     TEXT_DRAW = 8
     ANSWER = 9
     TEACHER_ANSWER = 10
+    ASSIGNMENT = 11
+    SECOND_IMAGE_DRAW = 12
 
 
 def row_keys(rows: Int[Tensor, " B"], *, seed: int, stream: Stream) -> Int[Tensor, " B"]:

@@ -1,10 +1,15 @@
 """The teacher: a moving average of the student; and the ramp of alpha, the weight of its advice."""
 
+from copy import deepcopy
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF, Encoders
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Teacher(Encoders):
@@ -36,6 +41,11 @@ def follow(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
     torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public name
         own, [theirs[name] for name in names], 1 - momentum
     )
+
+
+def frozen_copy(student: Model) -> Model:
+    """Make the teacher of a downstream task: all of the student as it is now, without gradient."""
+    return deepcopy(student).requires_grad_(False)
 
 
 def alpha_at(step: int, *, alpha: float, ramp_steps: int) -> float:

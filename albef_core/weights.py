@@ -220,9 +220,9 @@ def apply_weights(
     """
     own = dict(model.named_parameters())
     missing = tuple(name for name in own if name not in state)
-    left_over = [name for name in state if name not in own]
-    tied = ("mlm_head.decoder.weight", "answer_head.decoder.weight")
-    unexpected = tuple(name for name in left_over if name not in tied)
+    # A parameter that the model has under two names may come under both.
+    fits = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unexpected = tuple(name for name in state if name not in fits)
     bad = [f"misses {n}" for n in missing if not any(part in n for part in may_miss)]
     bad += [f"has {n}" for n in unexpected if not any(part in n for part in may_add)]
     with torch.no_grad():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF
-from albef_core.teacher import Teacher, alpha_at
+from albef_core.teacher import Teacher, alpha_at, follow, frozen_copy
 from tests.albef_core import literal
 from tests.albef_core.replay import read_json
 from tests.golden_folder import GOLDEN, needs_golden
@@ -102,3 +102,25 @@ def test_alpha_equals_the_recorded_one_at_every_iteration() -> None:
                     assert alpha_at(step, alpha=run["alpha"], ramp_steps=ramp) == alpha, name
                     num_compared += 1
     assert num_compared > 0
+
+
+def test_a_frozen_copy_is_the_student_without_gradient_and_shares_nothing_with_it() -> None:
+    student = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    student[1].weight = student[0].weight
+    teacher = frozen_copy(student)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), name
+        assert value.data_ptr() != student.state_dict()[name].data_ptr(), name
+    assert teacher[1].weight is teacher[0].weight  # what is shared in one is shared in the other
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_a_shared_weight_follows_once_a_step() -> None:
+    student = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    student[1].weight = student[0].weight
+    teacher = frozen_copy(student)
+    torch.nn.init.zeros_(teacher[0].weight)
+    torch.nn.init.ones_(student[0].weight)
+    follow(teacher, student, momentum=0.75)
+    assert torch.equal(teacher[1].weight, torch.full((2, 2), 0.25))

@@ -353,3 +353,15 @@ def test_of_many_misfits_three_are_named_and_the_rest_counted(tiny_model: ALBEF)
     message = refusal(lambda: apply_weights(tiny_model, {}, source="a.pth"), "a.pth")
     num_others = len(named(tiny_model)) - 3
     assert f"and {num_others} more" in message
+
+
+def test_a_shared_weight_may_come_under_one_of_its_names_or_under_both() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    once = {"0.weight": torch.ones(2, 2), "1.bias": torch.ones(2)}
+    twice = once | {"1.weight": torch.ones(2, 2)}
+    for state in (once, twice):
+        torch.nn.init.zeros_(model[0].weight)
+        report = apply_weights(model, state, source="here")
+        assert (report.matched, report.missing, report.unexpected) == (2, (), ())
+        assert torch.equal(model[1].weight, torch.ones(2, 2))
