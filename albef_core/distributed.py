@@ -5,6 +5,7 @@ differ by one pair, so any batch size fits any number of workers.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
     )
+
+
+class StepModel(nn.Module):
+    """A student behind one `forward`, which is what `data_parallel` averages.
+
+    `step` is a training step whose first argument is the student.
+    """
+
+    def __init__(self, student: nn.Module, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.student = student
+        self._step = step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step on the student."""
+        return self._step(self.student, *args, **kwargs)
 
 
 def gather_rows(rows: Shaped[Tensor, " B *N"], *, num_pairs: int) -> Shaped[Tensor, " G *N"]:

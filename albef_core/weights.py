@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,11 +67,32 @@ def save_model(
     tokenizer: Tokenizer,
 ) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer into a folder."""
+    write_folder(
+        folder,
+        model,
+        model_config=model_config,
+        text_config=text_config,
+        recipe=recipe,
+        tokenizer=tokenizer,
+    )
+
+
+def write_folder(
+    folder: Path,
+    model: nn.Module,
+    *,
+    model_config: ModelConfig,
+    text_config: TextConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    **more: Any,
+) -> None:
+    """Write the folder of any model of ours; `more` is what its task adds to `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = official_state(model, text_layers=model_config.text_layers)
     save_file(state, folder / "model.safetensors")
     config = {"format": FORMAT, "model": asdict(model_config), "text": asdict(text_config)}
-    text = json.dumps(config | {"recipe": asdict(recipe)}, indent=2)
+    text = json.dumps(config | {"recipe": asdict(recipe)} | more, indent=2)
     (folder / "config.json").write_text(text + "\n")
     tokenizer.save(folder)
 
@@ -107,7 +129,12 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Loa
 
 
 def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
-    config, text, recipe = _read_config(folder / "config.json")
+    config, text, recipe, more = read_folder_config(folder)
+    if "task" in more:
+        raise InputError(
+            f"{folder}: a model fine-tuned for {more['task']}, which cannot do this."
+            " Give a pre-trained model, or one fine-tuned for retrieval."
+        )
     model = ALBEF(config)
     weights = folder / "model.safetensors"
     report = apply_weights(model, read_official(weights), source=str(weights))
@@ -121,15 +148,24 @@ def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
     )
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, TextConfig, Recipe]:
+def read_folder_config(
+    folder: Path,
+) -> tuple[ModelConfig, TextConfig, Recipe, dict[str, Any]]:
+    """Read the `config.json` of a model folder: sizes, text, recipe, and what its task added.
+
+    Raises:
+        InputError: it is absent or damaged.
+    """
+    path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path.parent}: no config.json, so this is not a model folder of ours.")
     try:
         saved = json.loads(path.read_text())
-        version = saved["format"]
+        version = saved.pop("format")
         if version != FORMAT:
             raise ValueError(f"format {version}; this version reads {FORMAT}")  # noqa: TRY301
-        return ModelConfig(**saved["model"]), TextConfig(**saved["text"]), Recipe(**saved["recipe"])
+        sizes, text = ModelConfig(**saved.pop("model")), TextConfig(**saved.pop("text"))
+        return sizes, text, Recipe(**saved.pop("recipe")), saved
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
@@ -144,7 +180,8 @@ def official_state(model: nn.Module, *, text_layers: int, prefix: str = "") -> d
     parameters = {
         prefix + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()
     }
-    official = to_official(parameters, text_layers=text_layers)
+    has_mlm_head = any("mlm_head." in name for name in parameters)
+    official = to_official(parameters, text_layers=text_layers, has_mlm_head=has_mlm_head)
     repeated = ("position_ids", "cls.predictions.bias")
     return {key: tensor for key, tensor in official.items() if not key.endswith(repeated)}
 

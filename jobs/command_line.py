@@ -26,10 +26,18 @@ from tyro.constructors import (
 
 from albef_core.config import Recipe
 from albef_core.errors import InputError, Preempted
-from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig, QuickstartConfig
+from pipelines.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    IngestConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    TrainConfig,
+)
 from pipelines.presets import UNSET
 
 Config = TypeVar("Config")
+Training = TypeVar("Training", bound=TrainConfig)
 
 HELP = ("-h", "--help")
 ALIASES = {"lr": "--learning-rate"}
@@ -39,6 +47,7 @@ RIVALS = {"steps": "epochs", "epochs": "steps"}
 ALONE = {"resume": "newest"}
 SAVED_AS = {
     PretrainConfig: "a run's saved config.json, in place of a preset",
+    FinetuneConfig: "a run's saved config.json, in place of a task",
     IngestConfig: "the config.json beside a corpus's manifest",
     EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     QuickstartConfig: "the config.json of an earlier quickstart",
@@ -77,9 +86,12 @@ def parse_task(
 
 
 def parse_preset(
-    presets: Mapping[str, Callable[[], PretrainConfig]], *, args: Sequence[str] | None = None
-) -> PretrainConfig:
-    """Read `PRESET [--config FILE] [flags]` or `--config FILE [flags]`.
+    presets: Mapping[str, Callable[[], Training]],
+    *,
+    kind: str = "preset",
+    args: Sequence[str] | None = None,
+) -> Training:
+    """Read `PRESET [--config FILE] [flags]` or `--config FILE [flags]`; `kind` names a preset.
 
     Flags change the file, and the file replaces the preset. A run without `--name` is named after
     its preset and the time: a name taken over from the file would be an older run's.
@@ -89,14 +101,15 @@ def parse_preset(
     """
     words = _command(args)
     docs = {name: inspect.getdoc(preset) or "" for name, preset in presets.items()}
-    saved = _saved(PretrainConfig, words)
+    config_class = type(next(iter(presets.values()))())
+    saved = _saved(config_class, words)
     if saved is not None and words[0] not in presets:
-        name, prog, doc = "config", _program(), _config_help(PretrainConfig)
+        name, prog, doc = "config", _program(), _config_help(config_class)
     else:
-        name = _first_word(words, docs, "preset")
+        name = _first_word(words, docs, kind, file_of=config_class)
         words, prog, doc = words[1:], f"{_program()} {name}", docs[name]
     start = presets[name]() if saved is None else saved
-    config = _read_flags(PretrainConfig, words, prog=prog, doc=doc, start=start)
+    config = _read_flags(config_class, words, prog=prog, doc=doc, start=start)
     if "--name" in _given(words):
         return config
     if config.resume:
@@ -151,8 +164,13 @@ def _command(args: Sequence[str] | None) -> list[str]:
     return list(sys.argv[1:] if args is None else args)
 
 
-def _first_word(words: Sequence[str], docs: Mapping[str, str], kind: str) -> str:
-    """Return the preset or task that the command starts with; on `--help` list them and end."""
+def _first_word(
+    words: Sequence[str], docs: Mapping[str, str], kind: str, *, file_of: type | None = None
+) -> str:
+    """Return the preset or task that the command starts with; on `--help` list them and end.
+
+    With `file_of` the command may start with a saved file of that class instead.
+    """
     if words and words[0] in docs:
         return words[0]
     names = ", ".join(docs)
@@ -163,8 +181,8 @@ def _first_word(words: Sequence[str], docs: Mapping[str, str], kind: str) -> str
             f"usage: {_program()} {kind.upper()} [flags]\n\n" + "\n".join(lines) + "\n\n"
             f"All flags with their defaults: {_program()} {next(iter(docs))} --help\n"
         )
-        if kind == "preset":
-            sys.stdout.write(f"--config FILE: {_config_help(PretrainConfig)}\n")
+        if file_of is not None:
+            sys.stdout.write(f"--config FILE: {_config_help(file_of)}\n")
         raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise InputError(f"The {kind} is missing. The command starts with one of: {names}.")

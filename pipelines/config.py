@@ -212,6 +212,36 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune a pre-trained model for a task; the presets are the published recipes."""
+
+    task: Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
+    """What is learned; the command's first word."""
+    from_scratch: bool = False
+    """Take sizes and tokenizer of --init, but random weights: a measure of what pre-training is
+    worth."""
+    image_size: int | None = None
+    """Height and width of the pictures in pixels. Default: 1.5 times that of --init, as the paper
+    goes from 256 to 384."""
+    dropout: float | None = None
+    """Share of numbers dropped in the text and the multimodal encoder. Default: that of --init."""
+    max_words: int = 50
+    """Words of a text that are kept."""
+    max_tokens: int = 50
+    """Tokens of a text that are kept, [CLS] and [SEP] included."""
+    num_slots: int = 65536
+    """Slots of each feature queue (retrieval and grounding)."""
+    num_answers: int = 3128
+    """Most frequent answers of the corpus that a VQA model chooses among; it learns from all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "image_size", "max_words", "max_tokens", "num_slots", "num_answers")
+        if self.dropout is not None:
+            check_range(self, "dropout", high=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluate a model on a task."""
 

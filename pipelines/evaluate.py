@@ -22,7 +22,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.config_file import write_config
 from pipelines.judge import Judge, Scores
 from pipelines.manifest import Manifest, read_columns, read_manifest
-from pipelines.model_store import download_model, is_model_uri
+from pipelines.model_store import find_model, is_model_uri
 from pipelines.pictures import decoded_blocks
 from pipelines.report import recall_figure
 
@@ -82,7 +82,7 @@ def evaluate_retrieval(
     """
     clock = _Clock()
     manifest = read_manifest(config.corpus)
-    folder = model_folder(config.model)
+    folder = find_model("--model", config.model)
     seen = _examine(config, manifest, folder, clock, on_progress)
     image_of_text = np.repeat(np.arange(len(seen.shown)), [len(row.texts) for row in seen.shown])
     metrics = {
@@ -118,23 +118,6 @@ def evaluate_retrieval(
     if config.json is not None:
         result.write(config.json)
     return result
-
-
-def model_folder(source: str) -> Path:
-    """Find a model by its path, or fetch it by its MLflow URI.
-
-    Raises:
-        InputError: there is none.
-    """
-    if is_model_uri(source):
-        return download_model(source)
-    path = Path(source)
-    if not path.exists():
-        raise InputError(
-            f"--model {source}: no such file or folder. Give a run's model folder, an official"
-            " checkpoint, or a registry URI such as models:/albef-pretrain/1."
-        )
-    return path.absolute()  # the actor works in another folder
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,23 @@ from pipelines.pairs import MAX_STAND_INS, image_key, open_corpus
 
 TaskName = Literal["entailment", "vqa", "nlvr2"]
 LABELS = {
-    "entailment": ("entailment", "neutral", "contradiction"),
-    "nlvr2": (False, True),
+    "entailment": ("contradiction", "neutral", "entailment"),
+    "nlvr2": ("false", "true"),
 }
-"""Classes of a task, in the order of the official data sets."""
-NO_ROW, NO_LABEL = -1, -1
+"""Classes of a task by their names."""
+NO_ROW = -1
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64()),
         pa.field("left", pa.int64()),
         pa.field("text", pa.string()),
-        pa.field("label", pa.int64()),
+        pa.field("label", pa.string()),
         pa.field("answers", pa.list_(pa.string())),
         pa.field("kind", pa.string()),
     ]
 )
-"""`row`: of the picture, or of the right one; `left`: of the left one, else -1; `label`: number of
-the class, else -1; `answers`: one an annotator; `kind`: what results are told apart by."""
+"""`row`: of the picture, or of the right one; `left`: of the left one, else -1; `label`: the class,
+else ""; `answers`: one an annotator; `kind`: what results are told apart by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def _examples_of(
     key = {"entailment": "entailment", "vqa": "questions", "nlvr2": "pairs"}[task]
     for entry in annotations.get(key) or []:
         text = entry.get("question" if task == "vqa" else "sentence") or ""
-        example = {"left": NO_ROW, "text": text, "label": NO_LABEL, "answers": [], "kind": ""}
+        example = {"left": NO_ROW, "text": text, "label": "", "answers": [], "kind": ""}
         if not text.strip():
             bad["no text"] += 1
             continue
@@ -113,11 +113,11 @@ def _examples_of(
             kind = entry.get("answer_type") or entry.get("type") or ""
             yield example | {"answers": answers, "kind": kind}
             continue
-        label = entry.get("label")
+        label = str(entry.get("label")).lower()
         if label not in LABELS[task]:
             bad["an unknown label"] += 1
             continue
-        example |= {"label": LABELS[task].index(label), "kind": str(label).lower()}
+        example |= {"label": label, "kind": label}
         if task == "nlvr2":
             left = rows_of.get(entry.get("left", ""), NO_ROW)
             if left == NO_ROW:
@@ -152,8 +152,8 @@ class ExampleBatch:
     """Augmented pictures (B, S, S, 3), or pairs of them, left and right (B, 2, S, S, 3)."""
     token_ids: NDArray[np.int32]
     """Texts (B, L), padded to the longest that may be."""
-    labels: NDArray[np.int64]
-    """Classes (B), -1 where the task has none."""
+    labels: list[str]
+    """Classes, "" where the task has none."""
     answers: list[list[str]]
     """Answers of all annotators, one list a question."""
     image_ids: list[str]
@@ -221,7 +221,7 @@ class ExampleSpec:
             "position": np.arange(start, stop),
             "images": np.stack(images),
             "token_ids": tokenize(self, texts),
-            "labels": rows["label"].to_numpy(),
+            "labels": np.array(rows["label"].to_pylist(), dtype=object),
             "answers": answers,
             "image_ids": np.array(ids, dtype=object),
             "captions": np.array(texts, dtype=object),
@@ -235,7 +235,7 @@ class ExampleSpec:
             epoch=epoch,
             images=columns["images"],
             token_ids=columns["token_ids"],
-            labels=columns["labels"],
+            labels=list(columns["labels"]),
             answers=[json.loads(text) for text in columns["answers"]],
             image_ids=list(columns["image_ids"]),
             captions=list(columns["captions"]),

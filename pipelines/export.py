@@ -14,7 +14,7 @@ from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import LoadedModel, apply_weights, load_model, save_official
 from pipelines.checkpoint import QUEUES, TEACHER
-from pipelines.evaluate import model_folder
+from pipelines.model_store import find_model
 
 HEAD_WIDTH = 64
 """Of an attention head in ViT-B and BERT; the file cannot say another one."""
@@ -39,7 +39,7 @@ def export(model: str, out: Path) -> Exported:
             model is not one of ours or cannot be said in the official format.
     """
     _check_out(out)
-    folder = model_folder(model)
+    folder = find_model("--model", model)
     if not folder.is_dir():
         raise InputError(f"--model {model}: is a file. Only model folders of ours are exported.")
     loaded = load_model(folder)

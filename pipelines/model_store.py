@@ -122,6 +122,23 @@ def is_model_uri(source: str) -> bool:
     return re.match(r"(models|runs):/", source) is not None
 
 
+def find_model(flag: str, source: str) -> Path:
+    """Find the model that a flag names by its path, absolute, or fetch it by its MLflow URI.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_model_uri(source):
+        return download_model(source)
+    path = Path(source)
+    if not path.exists():
+        raise InputError(
+            f"{flag} {source}: no such file or folder. Give a run's model folder, an official"
+            " checkpoint, or a registry URI such as models:/albef-pretrain/1."
+        )
+    return path.absolute()  # actors and workers have other folders
+
+
 def download_model(uri: str) -> Path:
     """Fetch a model that `log_model` stored; return its model folder.
 

@@ -1,9 +1,15 @@
-"""Named starting points of pre-training: functions that return a complete config."""
+"""Named starting points of trainings: functions that return a complete config."""
 
 from pathlib import Path
 
-from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, TextConfig
-from pipelines.config import AugmentConfig, PretrainConfig
+from albef_core.config import (
+    DistillConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TextConfig,
+)
+from pipelines.config import AugmentConfig, FinetuneConfig, PretrainConfig
 
 UNSET = Path("CORPUS")
 
@@ -90,4 +96,103 @@ PRETRAIN = {
     "base": base,
     "paper-4m": paper_4m,
     "paper-14m": paper_14m,
+}
+
+INIT = "MODEL"
+"""Stands for a model that the command names."""
+CROP = AugmentConfig(crop_scale_min=0.5)
+
+
+def retrieval() -> FinetuneConfig:
+    """ITC and ITM on pairs, positives by image: 10 epochs at batch 256, rate 1e-5 (Flickr30k)."""
+    return FinetuneConfig(
+        task="retrieval",
+        corpus=UNSET,
+        init=INIT,
+        epochs=10,
+        batch_size=256,
+        augment=CROP,
+        max_words=30,
+        max_tokens=30,
+        optim=OptimConfig(lr=1e-5, min_lr=1e-6, warmup_steps=100),
+        experiment="albef-retrieval",
+        register="albef-retrieval",
+    )
+
+
+def grounding() -> FinetuneConfig:
+    """The same from expressions, without boxes: 5 epochs at batch 256, rate 1e-5 (RefCOCO+)."""
+    return FinetuneConfig(
+        task="grounding",
+        corpus=UNSET,
+        init=INIT,
+        epochs=5,
+        batch_size=256,
+        augment=AugmentConfig(crop_scale_min=0.5, flip=False),
+        max_words=30,
+        max_tokens=30,
+        optim=OptimConfig(lr=1e-5, min_lr=1e-6, warmup_steps=100),
+        experiment="albef-grounding",
+        register="albef-grounding",
+    )
+
+
+def entailment() -> FinetuneConfig:
+    """Three classes from the fused [CLS]: 5 epochs at batch 256, rate 2e-5 (SNLI-VE)."""
+    return FinetuneConfig(
+        task="entailment",
+        corpus=UNSET,
+        init=INIT,
+        epochs=5,
+        batch_size=256,
+        augment=CROP,
+        max_words=30,
+        max_tokens=30,
+        objective=DistillConfig(alpha_ramp_epochs=0.0),
+        optim=OptimConfig(lr=2e-5, min_lr=1e-6, warmup_steps=100),
+        experiment="albef-entailment",
+        register="albef-entailment",
+    )
+
+
+def vqa() -> FinetuneConfig:
+    """A decoder that writes answers: 8 epochs at batch 256, rate 2e-5 (VQA v2)."""
+    return FinetuneConfig(
+        task="vqa",
+        corpus=UNSET,
+        init=INIT,
+        epochs=8,
+        batch_size=256,
+        augment=CROP,
+        max_words=50,
+        max_tokens=50,
+        optim=OptimConfig(lr=2e-5, min_lr=1e-6, warmup_steps=400),
+        experiment="albef-vqa",
+        register="albef-vqa",
+    )
+
+
+def nlvr2() -> FinetuneConfig:
+    """True or false of two pictures: 10 epochs at batch 128, rate 2e-5 (NLVR2)."""
+    return FinetuneConfig(
+        task="nlvr2",
+        corpus=UNSET,
+        init=INIT,
+        epochs=10,
+        batch_size=128,
+        augment=CROP,
+        max_words=40,
+        max_tokens=40,
+        optim=OptimConfig(lr=2e-5, min_lr=1e-6, warmup_steps=100),
+        experiment="albef-nlvr2",
+        register="albef-nlvr2",
+    )
+
+
+FINETUNE = {
+    "retrieval": retrieval,
+    "entailment": entailment,
+    "vqa": vqa,
+    "nlvr2": nlvr2,
+    "grounding": grounding,
 }

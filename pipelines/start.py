@@ -21,6 +21,7 @@ from albef_core.weights import (
 )
 from pipelines.config import PretrainConfig, TrainConfig
 from pipelines.manifest import Manifest, read_captions
+from pipelines.model_store import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ Start = tuple[ALBEF, ModelConfig, Tokenizer, dict[str, WeightsReport]]
 
 
 def _from_checkpoint(config: PretrainConfig) -> Start:
-    start = load_model(config.init)
+    start = load_model(find_model("--init", config.init))
     if start.report.missing:
         raise InputError(
             f"--init {config.init}: has no {start.report.missing[0].split('.')[0]}, as"

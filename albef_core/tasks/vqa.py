@@ -4,7 +4,6 @@ Axes beside the package's own: A answers, T answer tokens; B is questions, N the
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ NOT_FOR_VQA = ("teacher.", "queues.", "temperature", "_projection.", "itm_head."
 class VqaModel(nn.Module):
     """Reads a question beside its image, then writes the answer (ALBEF section 4, VQA).
 
-    Everything is distilled, so the teacher is one of these too.
+    Everything is distilled, so the teacher is a `frozen_copy` of one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -81,11 +80,6 @@ class VqaModel(nn.Module):
             answer_ids[:, :-1], answer_mask[:, :-1], question_tokens, question_mask, keys
         )
         return full_precision(self.answer_head(tokens[answer_mask[:, 1:]]))
-
-
-def vqa_teacher(student: VqaModel) -> VqaModel:
-    """Copy a student into a teacher, whose weights take no gradient (ALBEF section 3.3)."""
-    return deepcopy(student).requires_grad_(False)
 
 
 def from_pretraining(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

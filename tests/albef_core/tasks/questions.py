@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from albef_core.config import ModelConfig
-from albef_core.tasks.vqa import VqaBatch, VqaModel, vqa_teacher
-from albef_core.teacher import follow
+from albef_core.tasks.vqa import VqaBatch, VqaModel
+from albef_core.teacher import follow, frozen_copy
 
 CLS, SEP = 1, 2
 QUESTION_TOKENS = 6
@@ -25,7 +25,7 @@ def random_vqa(config: ModelConfig, *, seed: int = 0, scale: float = 0.3) -> Vqa
 
 
 def lagging_teacher(student: VqaModel, config: ModelConfig) -> VqaModel:
-    teacher = vqa_teacher(student)
+    teacher = frozen_copy(student)
     follow(teacher, random_vqa(config, seed=1), momentum=0.9)
     return teacher
 

@@ -20,9 +20,8 @@ from albef_core.tasks.vqa import (
     from_pretraining,
     start_from_pretraining,
     vqa_step,
-    vqa_teacher,
 )
-from albef_core.teacher import Teacher, follow
+from albef_core.teacher import Teacher, follow, frozen_copy
 from tests.albef_core import literal
 from tests.albef_core.replay import named
 from tests.albef_core.tasks.questions import lagging_teacher, make_questions, random_vqa
@@ -181,7 +180,7 @@ def test_every_weight_of_the_student_and_none_of_the_teacher_s_gets_a_gradient(
     tiny_config: ModelConfig,
 ) -> None:
     student = random_vqa(tiny_config)
-    teacher = vqa_teacher(student)
+    teacher = frozen_copy(student)
     take_step(student, teacher, make_questions(tiny_config, [1])).loss.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -189,7 +188,7 @@ def test_every_weight_of_the_student_and_none_of_the_teacher_s_gets_a_gradient(
 
 def test_the_teacher_begins_as_the_student_and_then_lags(tiny_config: ModelConfig) -> None:
     student = random_vqa(tiny_config)
-    teacher = vqa_teacher(student)
+    teacher = frozen_copy(student)
     before = {name: value.detach().clone() for name, value in named(student).items()}
     assert teacher.answer_head.decoder.weight is teacher.answer_decoder.word_embeddings.weight
     assert teacher.answer_head.decoder.weight is not student.answer_head.decoder.weight

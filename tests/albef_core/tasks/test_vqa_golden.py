@@ -17,10 +17,9 @@ from albef_core.tasks.vqa import (
     VqaStep,
     from_pretraining,
     vqa_step,
-    vqa_teacher,
 )
 from albef_core.tasks.vqa_answers import RankedAnswers, rank_answers
-from albef_core.teacher import follow
+from albef_core.teacher import follow, frozen_copy
 from albef_core.weights import apply_weights
 from tests.albef_core.replay import named, read_json, sizes_of
 from tests.albef_core.test_official import recorded_states, shapes
@@ -49,7 +48,7 @@ def models(dtype: torch.dtype) -> tuple[VqaModel, VqaModel]:
     assert config()["decoder"]["num_hidden_layers"] == sizes.fusion_layers
     state = from_official(load_file(VQA / "checkpoint_init.safetensors"))
     student = VqaModel(sizes).train()
-    teacher = vqa_teacher(student).train()
+    teacher = frozen_copy(student).train()
     apply_weights(student, state, source="recording", may_add=("teacher.",))
     own = {k.removeprefix("teacher."): v for k, v in state.items() if k.startswith("teacher.")}
     apply_weights(teacher, own, source="recording")
@@ -263,7 +262,7 @@ def test_at_full_size_keys_shapes_and_parameters_are_the_official_ones() -> None
     sizes = ModelConfig(image_size=16 * int(num_patches**0.5))
     with torch.device("meta"):
         student = VqaModel(sizes)
-    teacher = vqa_teacher(student)
+    teacher = frozen_copy(student)
     ours = official_keys(student, teacher, text_layers=num_text_layers(recorded))
     assert shapes(ours) == shapes(recorded)
     count = sum(parameter.numel() for parameter in student.parameters())

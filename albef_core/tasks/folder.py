@@ -1,0 +1,136 @@
+"""Models of the tasks after pre-training: started from a pre-trained one, kept as a folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from albef_core.config import ModelConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+from albef_core.tasks.entailment import EntailmentModel, start_entailment
+from albef_core.tasks.nlvr2 import Nlvr2Model, start_nlvr2
+from albef_core.tasks.vqa import VqaModel, start_from_pretraining
+from albef_core.teacher import frozen_copy
+from albef_core.tokenizer import Tokenizer
+from albef_core.weights import (
+    WeightsReport,
+    apply_weights,
+    read_folder_config,
+    read_official,
+    write_folder,
+)
+
+TaskName = Literal["entailment", "vqa", "nlvr2"]
+MODELS: dict[TaskName, type[nn.Module]] = {
+    "entailment": EntailmentModel,
+    "vqa": VqaModel,
+    "nlvr2": Nlvr2Model,
+}
+"""Tasks whose model is not a plain ALBEF."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTask:
+    """A task's model with all that is needed to use it."""
+
+    task: TaskName
+    model: nn.Module
+    """One of `MODELS`, in train mode."""
+    model_config: ModelConfig
+    text_config: TextConfig
+    recipe: Recipe
+    tokenizer: Tokenizer
+    answers: tuple[str, ...]
+    """The closed list that a VQA model ranks; empty for other tasks."""
+
+
+def start_task(
+    task: TaskName,
+    config: ModelConfig,
+    pretrained: Mapping[str, Tensor] | None,
+    *,
+    recipe: Recipe,
+    source: str,
+) -> tuple[nn.Module, nn.Module, WeightsReport]:
+    """Build student and teacher of a task from a pre-trained ALBEF (ALBEF section 4).
+
+    Args:
+        task: which.
+        config: sizes; position embeddings are interpolated to its resolution.
+        pretrained: weights by our names; None: a random start, as a measure of what they are worth.
+        recipe: which flaws of the published code are mended.
+        source: where the weights are from, for the report and for errors.
+
+    Raises:
+        InputError: the weights do not fit.
+    """
+    if pretrained is None:
+        student = MODELS[task](config)
+        names = tuple(name for name, _ in student.named_parameters())
+        report = WeightsReport(source="random start, as asked for", matched=0, missing=names)
+        return student, frozen_copy(student), report
+    if task == "entailment":
+        student = EntailmentModel(config)
+        return student, *start_entailment(student, pretrained, source=source)
+    if task == "nlvr2":
+        student = Nlvr2Model(config)
+        return student, *start_nlvr2(student, pretrained, source=source, recipe=recipe)
+    student = VqaModel(config)
+    report = start_from_pretraining(student, pretrained, source=source)
+    return student, frozen_copy(student), report
+
+
+def save_task(
+    folder: Path,
+    model: nn.Module,
+    *,
+    task: TaskName,
+    model_config: ModelConfig,
+    text_config: TextConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    answers: tuple[str, ...] = (),
+) -> None:
+    """Write `model.safetensors` (official names), `config.json` and the tokenizer."""
+    more: dict[str, Any] = {"task": task}
+    if answers:
+        more["answers"] = list(answers)
+    write_folder(
+        folder,
+        model,
+        model_config=model_config,
+        text_config=text_config,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        **more,
+    )
+
+
+def load_task(folder: Path, *, device: str | torch.device = "cpu") -> LoadedTask:
+    """Load what `save_task` wrote.
+
+    Raises:
+        InputError: it is no folder of a task's model, or damaged.
+    """
+    config, text, recipe, more = read_folder_config(folder)
+    task = more.get("task")
+    if task not in MODELS:
+        raise InputError(
+            f"{folder}: a model that is not fine-tuned for any of {', '.join(MODELS)}."
+            " Fine-tune it with jobs/finetune.py."
+        )
+    model = MODELS[task](config)
+    weights = folder / "model.safetensors"
+    apply_weights(model, read_official(weights), source=str(weights))
+    return LoadedTask(
+        task=task,
+        model=model.to(device),
+        model_config=config,
+        text_config=text,
+        recipe=recipe,
+        tokenizer=Tokenizer.load(folder),
+        answers=tuple(more.get("answers", ())),
+    )

@@ -1,0 +1,158 @@
+"""Fine-tuning from the driver's side: what is learned from, and the models that it starts from."""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from albef_core.config import ModelConfig, TextConfig
+from albef_core.errors import InputError
+from albef_core.official import from_official
+from albef_core.tasks.folder import load_task, save_task, start_task
+from albef_core.weights import (
+    LoadedModel,
+    load_model,
+    official_state,
+    read_official,
+    read_tensors,
+)
+from pipelines.checkpoint import QUEUES
+from pipelines.config import FinetuneConfig
+from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, ExampleTask
+from pipelines.examples import Collected, collect_examples, write_examples
+from pipelines.manifest import read_manifest
+from pipelines.model_store import find_model
+from pipelines.presets import INIT
+from pipelines.train import Course, TrainResult, train, with_absolute_names
+
+logger = logging.getLogger(__name__)
+SIZE_RATIO = 1.5
+"""Resolution of fine-tuning over that of pre-training; the paper: 384 over 256."""
+TEACHER_OF_PRETRAINING = "teacher.safetensors"
+
+
+def finetune(config: FinetuneConfig) -> TrainResult:
+    """Fine-tune as the config says; a second call with the same name goes on where it was.
+
+    Raises:
+        InputError: corpus, model, resources or an earlier run do not fit the config.
+        Preempted: the training was asked to stop, and left a checkpoint.
+    """
+    if config.init == INIT:
+        raise InputError(
+            "--init is missing: the model to fine-tune. Give a pre-trained model's folder, an"
+            " official ALBEF.pth, or a registry URI such as models:/albef-pretrain/1."
+        )
+    config = with_absolute_names(config)
+    manifest = read_manifest(config.corpus)
+    if config.task in ("retrieval", "grounding"):
+        raise NotImplementedError  # see pair_task
+    collected = collect_examples(manifest, config.task)
+    for kind, count in collected.bad.items():
+        logger.warning("%s: %d examples left out, with %s", config.corpus, count, kind)
+    course = Course(
+        task=ExampleTask,
+        corpus_id=f"{manifest.content_id}:{collected.digest[:16]}",
+        num_items=len(collected.table),
+        prepare=lambda config, folder: prepare_task(config, collected, folder),
+    )
+    return train(config, course)
+
+
+def prepare_task(
+    config: FinetuneConfig, collected: Collected, folder: Path
+) -> tuple[FinetuneConfig, dict[str, str]]:
+    """Write what a task's training starts from: student, teacher, examples, list of answers.
+
+    Where `folder` holds it already, it is taken as it is: the run goes on.
+
+    Returns:
+        The config, and the tags of the run.
+
+    Raises:
+        InputError: the model cannot be had or does not fit.
+    """
+    if (folder / "config.json").is_file():
+        logger.info("%s is there already: this run goes on", folder.parent)
+        load_task(folder)
+        return config, {}
+    assert config.task not in ("retrieval", "grounding")
+    source = find_model("--init", config.init)
+    loaded = load_model(source)
+    sizes, text = sizes_for(config, loaded), text_for(config, loaded)
+    torch.manual_seed(config.seed)
+    weights = None if config.from_scratch else _pretrained(source, loaded)
+    student, teacher, report = start_task(
+        config.task, sizes, weights, recipe=config.recipe, source=config.init
+    )
+    logger.info("weights from %s", report)
+    partial = folder.with_name(folder.name + ".tmp")
+    save_task(
+        partial,
+        student,
+        task=config.task,
+        model_config=sizes,
+        text_config=text,
+        recipe=config.recipe,
+        tokenizer=loaded.tokenizer,
+        answers=tuple(frequent_answers(collected, config.num_answers)),
+    )
+    state = official_state(teacher, text_layers=sizes.text_layers, prefix="teacher.")
+    save_file(state, partial / TEACHER_FILE)
+    write_examples(collected, partial / EXAMPLES_FILE)
+    partial.rename(folder)
+    return config, {"weights": str(report), "init": config.init}
+
+
+def sizes_for(config: FinetuneConfig, loaded: LoadedModel) -> ModelConfig:
+    """Give the sizes of the task's model: those of the pre-trained one, at the new resolution.
+
+    Raises:
+        InputError: patches do not fill the pictures.
+    """
+    sizes = loaded.model_config
+    image_size = config.image_size or round(SIZE_RATIO * sizes.image_size)
+    dropout = sizes.dropout if config.dropout is None else config.dropout
+    return dataclasses.replace(sizes, image_size=image_size, dropout=dropout)
+
+
+def text_for(config: FinetuneConfig, loaded: LoadedModel) -> TextConfig:
+    """Give the texts' bounds of the task; the tokenizer is that of the pre-trained model.
+
+    Raises:
+        InputError: the model has too few positions.
+    """
+    if config.max_tokens > loaded.model_config.max_positions:
+        raise InputError(
+            f"--max-tokens {config.max_tokens} is more than the"
+            f" {loaded.model_config.max_positions} positions of --init {config.init}. Lower it."
+        )
+    return dataclasses.replace(
+        loaded.text_config, max_words=config.max_words, max_tokens=config.max_tokens
+    )
+
+
+def frequent_answers(collected: Collected, count: int) -> list[str]:
+    """List the answers most often given, the most frequent first; equals by the alphabet."""
+    times: Counter[str] = Counter()
+    for given in collected.table["answers"].to_pylist():
+        times.update(given)
+    return sorted(times, key=lambda answer: (-times[answer], answer))[:count]
+
+
+def _pretrained(source: Path, loaded: LoadedModel) -> Mapping[str, Tensor]:
+    """Read the weights of a pre-trained model, and of its teacher where a file has them."""
+    if source.is_file():
+        return read_official(source)
+    weights = dict(loaded.model.state_dict())
+    teacher = source / TEACHER_OF_PRETRAINING
+    if not teacher.is_file():
+        return weights
+    # The names of queues are ours, not official.
+    saved = {k: v for k, v in read_tensors(teacher).items() if not k.startswith(QUEUES)}
+    return weights | from_official(saved)
