@@ -32,8 +32,8 @@ NO_IMAGE_THERE = -100
 # that are off by 4e-8; the last test rounds ours alike, and nothing is left of it.
 TENSORS = 1e-4
 LOSSES = {torch.float64: 1e-8, torch.float32: 1e-4}
-ITC = {torch.float64: 1e-7, torch.float32: 1e-4}
-GRADIENTS = {torch.float64: 2e-7, torch.float32: 1e-3}
+ITC = {torch.float64: 3e-7, torch.float32: 1e-4}
+GRADIENTS = {torch.float64: 1e-6, torch.float32: 1e-3}
 TEACHER = {torch.float64: 1e-8, torch.float32: 1e-4}
 ROUNDED_ALIKE = 1e-8
 
