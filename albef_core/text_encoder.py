@@ -176,7 +176,7 @@ class Attention(nn.Module):
 def _shares(
     query: Float[Tensor, "B H L S"],
     key: Float[Tensor, "B H K S"],
-    mask: Bool[Tensor, "B 1 1 K"] | None = None,
+    mask: Bool[Tensor, "B 1 #L K"] | None = None,
 ) -> Float[Tensor, "B H L K"]:
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is not None:
