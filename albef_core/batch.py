@@ -28,8 +28,8 @@ class Share(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatch:
-    """B image-caption pairs, augmented, tokenized and masked; all tensors on one device."""
+class RetrievalBatch:
+    """B image-caption pairs, augmented and tokenized; all tensors on one device."""
 
     images: Float[Tensor, "B 3 R R"]
     """Normalized pictures."""
@@ -37,10 +37,6 @@ class PairBatch:
     """Captions, padded with id 0 where the mask is False."""
     attention_mask: Bool[Tensor, "B L"]
     """True on every token that is not padding."""
-    masked_ids: Int[Tensor, "B L"]
-    """The captions as MLM sees them: some words replaced."""
-    mlm_labels: Int[Tensor, "B L"]
-    """The original id where MLM is scored, -100 elsewhere."""
     image_ids: Int[Tensor, " B"]
     """Identity of each photograph: equal numbers are the same picture."""
     num_global: int | None = None
@@ -53,6 +49,16 @@ class PairBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(RetrievalBatch):
+    """The same for pre-training: with some words masked."""
+
+    masked_ids: Int[Tensor, "B L"]
+    """The captions as MLM sees them: some words replaced."""
+    mlm_labels: Int[Tensor, "B L"]
+    """The original id where MLM is scored, -100 elsewhere."""
 
 
 def normalize(images: UInt8[Tensor, "B R R 3"]) -> Float[Tensor, "B 3 R R"]:

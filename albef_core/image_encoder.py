@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,33 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
         """Encode pictures whose side is a multiple of the patch; [CLS] comes first."""
-        patches = self.patch_embed(images)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        tokens = tokens + resize_position_embeddings(self.pos_embed, num_patches=patches.shape[1])
+        tokens = self.embed(images)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+    def embed(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
+        """Give the tokens that the first block receives."""
+        patches = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + resize_position_embeddings(self.pos_embed, num_patches=patches.shape[1])
+
+
+def look(
+    block: nn.Module, tokens: Float[Tensor, "B L W"]
+) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L L"]]:
+    """Do as a block of `ImageEncoder` does, and tell how each token's attention is shared out.
+
+    timm's own attention keeps its shares to itself: here it is spelled out from the same weights.
+    The shares of a token and head sum to 1, and gradients can be asked of them.
+    """
+    parts: Any = block  # timm's Block, whose parts a type checker does not know
+    attention = parts.attn
+    heads = attention.qkv(parts.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = heads.permute(2, 0, 3, 1, 4)
+    shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+    tokens = tokens + attention.proj((shares @ value).transpose(1, 2).flatten(2))
+    return tokens + parts.mlp(parts.norm2(tokens)), shares
 
 
 def resize_position_embeddings(

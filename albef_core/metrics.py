@@ -1,4 +1,4 @@
-"""Metrics, in plain numpy: of retrieval, with chance level and bootstrap intervals; of VQA."""
+"""Metrics of retrieval, grounding and VQA, with chance and bootstrap intervals. Plain numpy."""
 
 import re
 from collections.abc import Sequence
@@ -101,6 +101,99 @@ def retrieval_metrics(
 
 def _hits(ranks: Int[np.ndarray, " N"]) -> Bool[np.ndarray, "N K"]:
     return ranks[:, None] < np.array(RECALLS_AT)
+
+
+def mean_estimate(
+    values: Float[np.ndarray, " N"],
+    chances: Float[np.ndarray, " N"],
+    image_of_row: Int[np.ndarray, " N"],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Estimate:
+    """Average a share over rows; `chances` are what a blind guess would reach in each.
+
+    The interval is a bootstrap percentile over pictures: each is drawn with all of its rows.
+    """
+    _, image_of_row = np.unique(image_of_row, return_inverse=True)
+    total, count = np.bincount(image_of_row, weights=values), np.bincount(image_of_row)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=num_resamples)
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(drawn @ total / (drawn @ count), [tail, 1 - tail])
+    value, chance = float(np.mean(values)), float(np.mean(chances))
+    return Estimate(value=value, low=float(low), high=float(high), chance=chance)
+
+
+RIGHT_IOU = 0.5
+"""A chosen box is right from this overlap on."""
+
+
+def box_scores(
+    heat: Float[np.ndarray, "Y X"], boxes: Float[np.ndarray, "N 4"], *, area_power: float = 0.5
+) -> Float[np.ndarray, " N"]:
+    """Score proposed boxes by the heat inside, as the published evaluation of RefCOCO+ does.
+
+    The sum over the pixels, corners cut to integers, is divided by the box's area to the power
+    `area_power`, so that neither the largest nor the smallest box always wins: the best is the
+    highest, the first of equals. `heat` has the picture's size; boxes are left, top, width and
+    height in pixels.
+    """
+    sums = [heat[_pixels(box)].sum() for box in boxes]
+    return np.array(sums) / (boxes[:, 2] * boxes[:, 3]) ** area_power
+
+
+def box_overlap(
+    box: Float[np.ndarray, "4"], others: Float[np.ndarray, "N 4"]
+) -> Float[np.ndarray, " N"]:
+    """Give the intersection over union of a box with others, as the published evaluation does.
+
+    Boxes are left, top, width and height. The last pixel counts as inside in the intersection
+    alone, so that boxes that share one row of pixels do not overlap.
+    """
+    start = np.maximum(box[:2], others[:, :2])
+    last = np.minimum(box[:2] + box[2:] - 1, others[:, :2] + others[:, 2:] - 1)
+    overlaps = (start < last).all(axis=1)
+    shared = np.where(overlaps, (last - start + 1).prod(axis=1), 0.0)
+    return shared / (box[2:].prod() + others[:, 2:].prod(axis=1) - shared)
+
+
+def inside_boxes(
+    boxes: Float[np.ndarray, "N 4"], *, height: int, width: int
+) -> Bool[np.ndarray, "{height} {width}"]:
+    """Mark the pixels of a picture that lie in any of the boxes: left, top, width and height.
+
+    The mean of it is the chance level of `points_inside` and `energy_inside`.
+    """
+    inside = np.zeros((height, width), dtype=bool)
+    for box in boxes:
+        inside[_pixels(box)] = True
+    return inside
+
+
+def points_inside(heat: Float[np.ndarray, "Y X"], inside: Bool[np.ndarray, "Y X"]) -> bool:
+    """Play the pointing game: tell whether the hottest pixel lies inside.
+
+    A tie counts against us: every pixel that is not strictly cooler must lie inside, so that a
+    constant map or NaN never wins.
+    """
+    return bool(inside[~(heat < heat.max())].all())
+
+
+def energy_inside(heat: Float[np.ndarray, "Y X"], inside: Bool[np.ndarray, "Y X"]) -> float:
+    """Give the share of a map's heat that lies inside, 0 to 1; 0 where there is no heat.
+
+    Below zero, where bicubic resizing dips, there is none.
+    """
+    heat = np.maximum(heat, 0)
+    total = heat.sum()
+    return float(heat[inside].sum() / total) if total > 0 else 0.0
+
+
+def _pixels(box: Float[np.ndarray, "4"]) -> tuple[slice, slice]:
+    """Cut the corners to integers; what hangs out of the picture's left or top is left out."""
+    left, top, right, bottom = (max(0, int(x)) for x in (*box[:2], *(box[:2] + box[2:])))
+    return slice(top, bottom), slice(left, right)
 
 
 NUMBER_WORDS = {

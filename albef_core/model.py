@@ -29,7 +29,7 @@ class Encoders(nn.Module):
     ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B D"]]:
         """Return every image token, and the [CLS] token as a unit vector in the joint space."""
         tokens = self.image_encoder(images)
-        return tokens, _unit(self.image_projection(tokens[:, 0]))
+        return tokens, unit(self.image_projection(tokens[:, 0]))
 
     def encode_text(
         self,
@@ -42,7 +42,7 @@ class Encoders(nn.Module):
         `keys` fix each row's dropout (`albef_core.keyed`).
         """
         tokens = self.text_encoder(token_ids, attention_mask, keys)
-        return tokens, _unit(self.text_projection(tokens[:, 0]))
+        return tokens, unit(self.text_projection(tokens[:, 0]))
 
     def fuse(
         self,
@@ -70,6 +70,7 @@ class ALBEF(Encoders):
         self.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
 
-def _unit(vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+def unit(vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """Scale each vector to length 1."""
     # In float32 also under autocast: ITC divides the product of two of these by 0.07.
     return F.normalize(vectors.float() if vectors.dtype == torch.bfloat16 else vectors, dim=-1)

@@ -38,9 +38,14 @@ def decode_image(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(BytesIO(encoded), formats=_FORMATS) as image:
             _refuse_huge(image)
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return upright_rgb(image)
     except Exception as error:  # Pillow's readers raise anything from SyntaxError to struct.error
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Turn an opened picture upright, put transparency on white, and scale 16 bits to 8."""
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def _refuse_huge(image: Image.Image) -> None:

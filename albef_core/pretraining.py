@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from albef_core.batch import PairBatch, Share
+from albef_core.batch import PairBatch, RetrievalBatch, Share
 from albef_core.chunks import in_chunks
 from albef_core.config import Recipe
 from albef_core.distributed import (
@@ -119,7 +119,7 @@ class Views:
     teacher_text_features: Float[Tensor, "B D"]
 
 
-def encode(student: ALBEF, teacher: Teacher, batch: PairBatch, place: Place) -> Views:
+def encode(student: ALBEF, teacher: Teacher, batch: RetrievalBatch, place: Place) -> Views:
     """Encode images and captions, by the student and by the teacher (section 3.1)."""
     captions = batch.token_ids, batch.attention_mask
     image_tokens, image_features = place.chunks(student.encode_image, batch.images)
@@ -148,7 +148,7 @@ def contrast(
     student: ALBEF,
     queues: Queues,
     views: Views,
-    batch: PairBatch,
+    batch: RetrievalBatch,
     place: Place,
     *,
     alpha: float,
@@ -194,7 +194,7 @@ def match(
     student: ALBEF,
     views: Views,
     itc: Itc,
-    batch: PairBatch,
+    batch: RetrievalBatch,
     place: Place,
     *,
     recipe: Recipe,

@@ -110,6 +110,21 @@ class TextLayer(nn.Module):
             tokens = self.cross_attention(tokens, image_tokens, keys=keys)
         return self.mlp(tokens, keys)
 
+    def look(
+        self,
+        tokens: Float[Tensor, "B L W"],
+        attention_mask: Bool[Tensor, "B L"],
+        image_tokens: Float[Tensor, "B K I"],
+    ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L K"]]:
+        """Do as `forward` in eval mode, and tell how each token's attention to the image is shared.
+
+        The shares of a token and head sum to 1, and gradients can be asked of them.
+        """
+        assert self.cross_attention is not None
+        tokens = self.self_attention(tokens, tokens, mask=attention_mask[:, None, None, :])
+        tokens, shares = self.cross_attention.look(tokens, image_tokens)
+        return self.mlp(tokens), shares
+
 
 class Attention(nn.Module):
     """Multi-head attention with BERT's residual and post-norm; keys may be of another width."""
@@ -135,20 +150,51 @@ class Attention(nn.Module):
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
         """Let every token look at `attended`, where the mask is True."""
+        query, key, value = self._project(tokens, attended)
+        if self.share_dropout.is_active:
+            # Spelled out, because the fused kernel draws its own masks. Captions are short.
+            shares = self.share_dropout(_shares(query, key, mask), keys)
+            context = shares.to(value.dtype) @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, mask)
+        return self._add(tokens, context, keys)
+
+    def look(
+        self, tokens: Float[Tensor, "B L W"], attended: Float[Tensor, "B K I"]
+    ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L K"]]:
+        """Do as `forward` in eval mode, and tell how each token's attention is shared out."""
+        query, key, value = self._project(tokens, attended)
+        shares = _shares(query, key)
+        return self._add(tokens, shares @ value), shares
+
+    def _project(
+        self, tokens: Float[Tensor, "B L W"], attended: Float[Tensor, "B K I"]
+    ) -> tuple[Float[Tensor, "B H L S"], Float[Tensor, "B H K S"], Float[Tensor, "B H K S"]]:
         query, key, value = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projected in (self.query(tokens), self.key(attended), self.value(attended))
         )
-        if self.share_dropout.is_active:
-            # Spelled out, because the fused kernel draws its own masks. Captions are short.
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            context = self.share_dropout(scores.softmax(dim=-1), keys).to(value.dtype) @ value
-        else:
-            context = F.scaled_dot_product_attention(query, key, value, mask)
+        return query, key, value
+
+    def _add(
+        self,
+        tokens: Float[Tensor, "B L W"],
+        context: Float[Tensor, "B H L S"],
+        keys: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B L W"]:
         context = self.output(context.transpose(1, 2).flatten(2))
         return self.norm(tokens + self.dropout(context, keys))
+
+
+def _shares(
+    query: Float[Tensor, "B H L S"],
+    key: Float[Tensor, "B H K S"],
+    mask: Bool[Tensor, "B 1 #L K"] | None = None,
+) -> Float[Tensor, "B H L K"]:
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)
 
 
 class Mlp(nn.Module):

@@ -1,18 +1,91 @@
-"""Image-text retrieval: compare everything by ITC, then look closely at the best by ITM.
+"""Image-text retrieval: its fine-tuning; compare everything by ITC, then judge the best by ITM.
 
 Axes beside the package's own: I images, T texts, P pairs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from albef_core.batch import RetrievalBatch
+from albef_core.config import Recipe
+from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
+from albef_core.objectives.itm import draw_hard_negatives
+from albef_core.outcome import Itc, Itm
+from albef_core.pretraining import Place, Sampler, contrast, encode, match
+from albef_core.teacher import Teacher
 
 OnPairs = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalStep:
+    """The losses of one batch, and all that tests, curves and pictures want to know of it."""
+
+    itc: Itc
+    itm: Itm
+    image_features: Float[Tensor, "B D"]
+    text_features: Float[Tensor, "B D"]
+    teacher_image_features: Float[Tensor, "B D"]
+    """For the queue, as the texts' are."""
+    teacher_text_features: Float[Tensor, "B D"]
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """ITC + ITM."""
+        return self.itc.loss + self.itm.loss
+
+
+def retrieval_step(
+    student: ALBEF,
+    teacher: Teacher,
+    queues: Queues,
+    batch: RetrievalBatch,
+    *,
+    alpha: float,
+    recipe: Recipe,
+    seed: int = 0,
+    micro_batch_size: int | None = None,
+    draw: Sampler = draw_hard_negatives,
+) -> RetrievalStep:
+    """Fine-tune for retrieval: pre-training's ITC and ITM, without MLM (ALBEF section 4).
+
+    Grounding is weakly supervised, from pairs alone and without boxes: the same step trains it.
+
+    Positives go by image id whatever the recipe says, in the batch and in the queue, because the
+    published fine-tuning has ids too. What moves is the caller's matter, as in `pretraining_step`:
+    the teacher follows before, the queues are pushed and the optimizer steps after. Only the clamp
+    of the temperature is missing from the published code of this task; a caller that leaves it out
+    agrees with it exactly. The MLM head takes no part and gets no gradient.
+
+    Args:
+        student: the model that learns.
+        teacher: its moving average.
+        queues: earlier features of the teacher, with the ids of their images.
+        batch: pairs of this worker.
+        alpha: weight of the teacher's soft targets now; 0 is fine-tuning without distillation.
+        recipe: which flaws of the published code are mended.
+        seed: of this step's random choices, which depend on it and the pair's place alone.
+        micro_batch_size: pairs whose activations are held at once; the gradient stays the same.
+        draw: replaces how hard negatives are drawn.
+    """
+    recipe = replace(recipe, image_id_positives=True)
+    place = Place(batch, seed=seed, micro_batch_size=micro_batch_size)
+    views = encode(student, teacher, batch, place)
+    itc = contrast(student, queues, views, batch, place, alpha=alpha, recipe=recipe)
+    itm = match(student, views, itc, batch, place, recipe=recipe, draw=draw)
+    return RetrievalStep(
+        itc=itc,
+        itm=itm,
+        image_features=views.image_features,
+        text_features=views.text_features,
+        teacher_image_features=views.teacher_image_features,
+        teacher_text_features=views.teacher_text_features,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
