@@ -2,30 +2,42 @@
 
 from command_line import parse_task, run_job
 
-from pipelines.config import EvaluateConfig
+from pipelines.config import EvaluateConfig, EvaluateTaskConfig
 
-RETRIEVAL = "Zero-shot image-text retrieval: ITC alone, then ITM over its best k."
+TASKS = {
+    "retrieval": ("Image-text retrieval: ITC alone, then ITM over its best k.", EvaluateConfig),
+    "entailment": ("Visual entailment: accuracy over three classes.", EvaluateTaskConfig),
+    "vqa": ("Visual question answering: from a closed list, or open.", EvaluateTaskConfig),
+    "nlvr2": ("True or false of two pictures: accuracy.", EvaluateTaskConfig),
+}
 
 
 def main() -> None:
-    _task, config = parse_task({"retrieval": (RETRIEVAL, EvaluateConfig)})
+    task, config = parse_task(TASKS)
     # torch and mlflow come after the parse, so that --help is instant.
     from bars import progress_bars
     from rich.console import Console
 
     from pipelines.cluster import connect
     from pipelines.evaluate import evaluate_retrieval
+    from pipelines.evaluate_task import evaluate_task
     from pipelines.report import summary_table
+    from pipelines.task_report import task_table
 
     connect()
     with progress_bars() as show:
-        result = evaluate_retrieval(config, on_progress=show)
+        if isinstance(config, EvaluateConfig):
+            result = evaluate_retrieval(config, on_progress=show)
+            table = summary_table(result)
+        else:
+            result = evaluate_task(task, config, on_progress=show)
+            table = task_table(result)
     console = Console()
-    console.print(summary_table(result))
+    console.print(table)
     where = f" and {config.json}" if config.json else ""
     console.print(f"In MLflow run {result.run_id} of {result.tracking_uri}{where}", soft_wrap=True)
     next_command = f"mlflow ui --backend-store-uri {result.tracking_uri}"
-    console.print(f"Next, figure and intervals beside the curves: {next_command}", soft_wrap=True)
+    console.print(f"Next, figures and intervals beside the curves: {next_command}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -271,6 +271,42 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateTaskConfig:
+    """Evaluate a fine-tuned model on examples with known answers."""
+
+    model: str
+    """A fine-tuned run's model folder, or a registry URI such as `models:/albef-vqa/1`."""
+    corpus: Path
+    """Corpus of held-out pictures with annotations, as written by jobs/ingest.py."""
+    json: Path | None = None
+    """File for the results, with every prediction."""
+    batch_size: int = 64
+    """Examples per forward pass."""
+    actors: int = 1
+    """Processes that hold the model; each takes a GPU where the cluster has some."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    answers: Literal["closed", "open"] = "closed"
+    """Questions: choose from the model's list of answers, or write freely."""
+    answer_list: Path | None = None
+    """Questions: a JSON list of answers to choose from. Default: the model's own."""
+    top_k: int = 128
+    """Questions: answers of the list that are read in full. The paper: 128."""
+    num_beams: int = 1
+    """Questions: beginnings kept while writing freely; 1 is greedy."""
+    bootstrap: int = 1000
+    """Resamplings behind the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resampling."""
+    experiment: str = "albef-evaluate"
+    """MLflow experiment, where the model does not come from a run of its own."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "actors", "top_k", "num_beams", "bootstrap")
+        check_counts(self, "seed", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a model as a checkpoint that the official code reads."""
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from albef_core.batch import normalize
-from albef_core.config import TextConfig
 from albef_core.distributed import StepModel, data_parallel
 from albef_core.official import from_official
 from albef_core.tasks.entailment import LABELS as ENTAILMENT_LABELS
@@ -19,9 +18,9 @@ from albef_core.tasks.entailment import EntailmentBatch, entailment_step
 from albef_core.tasks.folder import LoadedTask, load_task, save_task
 from albef_core.tasks.nlvr2 import LABELS as NLVR2_LABELS
 from albef_core.tasks.nlvr2 import Nlvr2Batch, nlvr2_step
+from albef_core.tasks.predict import MAX_ANSWER_TOKENS
 from albef_core.tasks.vqa import VqaBatch, vqa_step
 from albef_core.teacher import follow, frozen_copy
-from albef_core.tokenizer import Tokenizer
 from albef_core.weights import apply_weights
 from pipelines.config import FinetuneConfig
 from pipelines.examples import ExampleBatch, ExampleSpec
@@ -30,7 +29,6 @@ from pipelines.tracking import Tracker
 EXAMPLES_FILE = "examples.arrow"
 """In the folder that a training starts from: what it learns."""
 TEACHER_FILE = "teacher.safetensors"
-MAX_ANSWER_TOKENS = 12
 LABELS = {"entailment": ENTAILMENT_LABELS, "nlvr2": NLVR2_LABELS}
 """Classes by their numbers."""
 STEPS: dict[str, Callable[..., Any]] = {
@@ -158,7 +156,8 @@ def to_task_batch(
             num_global=num_global,
         )
     answers, weights, counts = weigh_answers(batch.answers)
-    answer_ids = answer_tokens(answers, loaded.tokenizer, loaded.text_config, device)
+    listed = loaded.tokenizer.encode(answers, max_tokens=MAX_ANSWER_TOKENS, keep_sep=True)
+    answer_ids = torch.tensor(np.asarray(listed), device=device).long()
     return VqaBatch(
         images=normalize(images),
         question_ids=ids,
@@ -190,15 +189,6 @@ def weigh_answers(answers: list[list[str]]) -> tuple[list[str], list[float], lis
         weights += [count / len(given) for count in times.values()]
         counts.append(len(times))
     return texts, weights, counts
-
-
-def answer_tokens(
-    answers: list[str], tokenizer: Tokenizer, text: TextConfig, device: torch.device
-) -> Tensor:
-    """Tokenize answers as [CLS], the answer, [SEP]; padded to the longest (A, T)."""
-    limit = min(MAX_ANSWER_TOKENS, text.max_tokens)
-    ids = tokenizer.encode(answers, max_tokens=limit, keep_sep=True)
-    return torch.tensor(np.asarray(ids), device=device).long()
 
 
 def _read_teacher(file: Path, loaded: LoadedTask) -> nn.Module:

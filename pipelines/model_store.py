@@ -24,11 +24,22 @@ from PIL import Image
 
 import albef_core
 from albef_core.errors import InputError
+from albef_core.weights import read_folder_config
 
+PAIR = [ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "text")]
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "text")]),
+    inputs=Schema(PAIR),
     outputs=Schema([ColSpec(DataType.double, "similarity"), ColSpec(DataType.double, "match")]),
 )
+ANSWERS = Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "probability")])
+TASK_SIGNATURES = {
+    "entailment": ModelSignature(inputs=Schema(PAIR), outputs=ANSWERS),
+    "vqa": ModelSignature(inputs=Schema(PAIR), outputs=ANSWERS),
+    "nlvr2": ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "left"), *PAIR]), outputs=ANSWERS
+    ),
+}
+"""What a model that is fine-tuned for a task takes and gives."""
 REQUIREMENTS = (
     "jaxtyping",
     "numpy",
@@ -67,6 +78,7 @@ def log_model(
     pickled.
     """
     tags = {key: str(value) for key, value in (tags or {}).items()}
+    task = read_folder_config(model_folder)[-1].get("task", "")
     handle.save(model_folder)
     client = MlflowClient(handle.uri, registry_uri=handle.uri)
     run = client.get_run(handle.run_id)
@@ -92,8 +104,8 @@ def log_model(
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": str(model_folder.absolute())},
             code_paths=[str(Path(albef_core.__file__).parent)],
-            signature=SIGNATURE,
-            input_example=_input_example(),
+            signature=TASK_SIGNATURES.get(task, SIGNATURE),
+            input_example=_input_example(has_left=task == "nlvr2"),
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
         )
         client.log_model_artifacts(entry.model_id, str(folder))
@@ -111,10 +123,11 @@ def log_model(
     return StoredModel(f"models:/{register}/{made.version}", str(made.version))
 
 
-def _input_example() -> pd.DataFrame:
+def _input_example(*, has_left: bool) -> pd.DataFrame:
     picture = BytesIO()
     Image.new("RGB", (32, 32), "red").save(picture, "PNG")
-    return pd.DataFrame({"image": [picture.getvalue()], "text": ["a red square"]})
+    pair = {"image": [picture.getvalue()], "text": ["a red square"]}
+    return pd.DataFrame({"left": pair["image"], **pair} if has_left else pair)
 
 
 def is_model_uri(source: str) -> bool:

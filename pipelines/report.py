@@ -87,17 +87,17 @@ def hard_negatives_figure(rows: Sequence[HardNegative]) -> Figure:
     """Draw pairs with their hard negatives: the text for a picture, the picture for a text."""
     judged = [p for row in rows for p in (row.negative_caption_match, row.negative_image_match)]
     num_fooled = sum(probability > 0.5 for probability in judged)
-    figure, axes = _rows(len(rows), widths=(1.7, 5.6, 1.7), width=9)
+    figure, axes = panel_rows(len(rows), widths=(1.7, 5.6, 1.7), width=9)
     for row, (left, middle, right) in zip(rows, axes, strict=True):
-        _picture(left, row.image)
-        _picture(right, row.negative_image)
-        own = f"pair: {_percent(row.match)} match"
-        _paragraph(middle, 0.98, row.caption, note=own, color=GREEN, width=66, max_lines=4)
-        other = f"text negative: {_percent(row.negative_caption_match)} match"
-        _paragraph(
+        show_picture(left, row.image)
+        show_picture(right, row.negative_image)
+        own = f"pair: {percent(row.match)} match"
+        paragraph(middle, 0.98, row.caption, note=own, color=GREEN, width=66, max_lines=4)
+        other = f"text negative: {percent(row.negative_caption_match)} match"
+        paragraph(
             middle, 0.46, row.negative_caption, note=other, color=VERMILION, width=66, max_lines=4
         )
-        note = f"{_percent(row.negative_image_match)} match"
+        note = f"{percent(row.negative_image_match)} match"
         right.set_title(note, fontsize=8, color=VERMILION, pad=3)
     if rows:
         axes[0][0].set_title("picture", fontsize=9, color=INK)
@@ -110,16 +110,16 @@ def hard_negatives_figure(rows: Sequence[HardNegative]) -> Figure:
 
 def pseudo_targets_figure(words: Sequence[WordTarget], captions: Sequence[CaptionTarget]) -> Figure:
     """Draw the teacher's pseudo-targets (Fig. 2 of the paper): words for a mask, then captions."""
-    figure, axes = _rows(len(words) + len(captions), widths=(1.7, 3.2, 5.6), width=10.5)
+    figure, axes = panel_rows(len(words) + len(captions), widths=(1.7, 3.2, 5.6), width=10.5)
     for word, (left, middle, right) in zip(words, axes[: len(words)], strict=True):
-        _picture(left, word.image)
+        show_picture(left, word.image)
         note = f"the word was: {word.true_word}"
-        _paragraph(middle, 0.98, word.masked_caption, note=note, color=INK, width=38, max_lines=7)
+        paragraph(middle, 0.98, word.masked_caption, note=note, color=INK, width=38, max_lines=7)
         _bars(right, word.words, word.probabilities, truth=word.true_word, unit="%")
     for target, (left, middle, right) in zip(captions, axes[len(words) :], strict=True):
-        _picture(left, target.image)
+        show_picture(left, target.image)
         note = "its own caption"
-        _paragraph(middle, 0.98, target.true_caption, note=note, color=INK, width=38, max_lines=7)
+        paragraph(middle, 0.98, target.true_caption, note=note, color=INK, width=38, max_lines=7)
         _bars(right, target.captions, target.similarities, truth=target.true_caption, unit="")
     findings = [
         _found("word", sum(w.true_word in w.words for w in words), len(words)),
@@ -193,7 +193,7 @@ def recall_figure(stages: Mapping[str, Mapping[str, Estimate]]) -> Figure:
     _plain(panel)
     mean = last["mean_recall"]
     figure.suptitle(
-        f"Mean recall is {_percent(mean.value)} ({_percent(mean.low)} to {_percent(mean.high)}),"
+        f"Mean recall is {percent(mean.value)} ({percent(mean.low)} to {percent(mean.high)}),"
         f" {mean.value / mean.chance:.1f} times chance"
     )
     return figure
@@ -219,9 +219,10 @@ def summary_table(result: "RetrievalResult") -> Table:
     return table
 
 
-def _rows(
+def panel_rows(
     num_rows: int, *, widths: Sequence[float], width: float
 ) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure with so many rows of panels without axes, `widths` wide to each other."""
     figure = Figure(figsize=(width, max(1, num_rows) * ROW_HEIGHT + 0.6), layout="constrained")
     if not num_rows:
         return figure, []
@@ -231,11 +232,12 @@ def _rows(
     return figure, grid.tolist()
 
 
-def _picture(panel: Axes, image: UInt8[np.ndarray, "H W 3"]) -> None:
+def show_picture(panel: Axes, image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Show a picture without axes."""
     panel.imshow(image)
 
 
-def _paragraph(
+def paragraph(
     panel: Axes, top: float, text: str, *, note: str, color: str, width: int, max_lines: int
 ) -> None:
     """Write a heading, `top` up the panel, and text below it, in lines of `width` letters."""
@@ -292,7 +294,8 @@ def _found(what: str, num_found: int, num_all: int) -> str:
     return f"the true {what} {num_found} of {num_all} times" if num_all else ""
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Write a share as a percentage."""
     return f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""The model as MLflow serves it: pictures and texts in, how well each pair fits out.
+"""The model as MLflow serves it: pictures and texts in; how well they fit, or answers, out.
 
 MLflow copies this file beside the weights and runs it when the model is loaded (models from code),
 so nothing is pickled; it imports albef_core, of which a copy travels along, and nothing else of
@@ -6,6 +6,7 @@ ours.
 """
 
 import base64
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,41 +17,57 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from albef_core.batch import normalize
 from albef_core.captions import clean_caption
 from albef_core.preprocess import decode_image, resize_square
+from albef_core.tasks.folder import LoadedTask, load_task
+from albef_core.tasks.predict import predict
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itm_logits
-from albef_core.weights import load_model
+from albef_core.weights import load_model, read_folder_config
 
 BATCH_SIZE = 32
 
 
 class ServedModel(PythonModel):
-    """Judges pairs of a picture and a text."""
+    """Judges pairs of a picture and a text, or does the task that it was fine-tuned for."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights that were logged."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.loaded = load_model(context.artifacts["model"], device=device)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = Path(context.artifacts["model"])
+        is_fine_tuned = "task" in read_folder_config(folder)[-1]
+        self.loaded = (load_task if is_fine_tuned else load_model)(folder, device=self.device)
         self.loaded.model.eval()
-        self.device = device
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # None is MLflow's stub
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None
     ) -> pd.DataFrame:
         """Judge each row's `image` (encoded bytes, or base64 of them) against its `text`.
 
-        `similarity` is the cosine of ITC, -1 to 1; `match` the probability by ITM, 0 to 1.
+        `similarity` is the cosine of ITC, -1 to 1; `match` the probability by ITM, 0 to 1. A model
+        fine-tuned for a task gives `answer`, the class or the answer to the question, and its
+        `probability`; NLVR2's also takes `left`, the left picture, beside `image`, the right one.
         """
+        work = self._do_task if isinstance(self.loaded, LoadedTask) else self._judge
         parts = [
-            self._judge(model_input.iloc[start : start + BATCH_SIZE])
+            work(model_input.iloc[start : start + BATCH_SIZE])
             for start in range(0, len(model_input), BATCH_SIZE)
         ]
         return pd.concat(parts, ignore_index=True)
 
+    def _do_task(self, rows: pd.DataFrame) -> pd.DataFrame:
+        pictures = [self._pixels(rows[name]) for name in ("left", "image") if name in rows]
+        pixels = torch.stack(pictures, dim=1) if len(pictures) > 1 else pictures[0]
+        said = predict(self.loaded, pixels, list(rows["text"]))
+        best = said.probabilities.max(axis=1).astype(float)
+        return pd.DataFrame({"answer": said.answers, "probability": best})
+
+    def _pixels(self, images: pd.Series) -> torch.Tensor:
+        size = self.loaded.model_config.image_size
+        pictures = [resize_square(decode_image(_as_bytes(image)), size) for image in images]
+        return torch.from_numpy(np.stack(pictures))
+
     @torch.inference_mode()
     def _judge(self, pairs: pd.DataFrame) -> pd.DataFrame:
         model, text = self.loaded.model, self.loaded.text_config
-        size = self.loaded.model_config.image_size
-        pictures = [resize_square(decode_image(_as_bytes(image)), size) for image in pairs["image"]]
-        pixels = torch.from_numpy(np.stack(pictures))
+        pixels = self._pixels(pairs["image"])
         tokens, features = model.encode_image(normalize(pixels.to(self.device)))
         images = EncodedImages(tokens=tokens, features=features)
         ids = self.loaded.tokenizer.encode(

@@ -1,0 +1,324 @@
+"""A fine-tuned model on examples with known answers: accuracy, by slices, with intervals."""
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
+
+from albef_core.errors import InputError
+from albef_core.metrics import Estimate, mean_estimate, vqa_accuracies
+from albef_core.preprocess import decode_image
+from albef_core.tasks.folder import LoadedTask, load_task
+from albef_core.tasks.predict import Answering
+from albef_core.tasks.vqa_answers import check_answers
+from pipelines import tracking
+from pipelines.config import EvaluateTaskConfig
+from pipelines.config_file import write_config
+from pipelines.examples import collect_examples, open_examples, write_examples
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.model_store import find_model
+from pipelines.pairs import open_corpus
+from pipelines.predictor import predicted_blocks
+from pipelines.task_report import Case, cases_figure, slices_figure
+
+OnProgress = Callable[[str, int, int], None]
+"""Hears the stage, how much of it is done, and how much it is in all."""
+ANNOTATORS_OF_VQA = 4
+"""From so many answers to a question on, the score is that of VQA v2."""
+NUM_CASES = 6
+SHORT, MEDIUM = 5, 10
+"""Words up to which a text is short, and medium."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One example, what was said, and what it is worth."""
+
+    image_id: str
+    text: str
+    truth: str
+    """The class, or the most frequent answer."""
+    answer: str
+    probability: float
+    """The model's own, of its answer."""
+    score: float
+    """1 right, 0 wrong; in between where annotators disagree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """All that an evaluation found, as it is written with `--json`; scores are shares of 1."""
+
+    task: str
+    model: str
+    corpus: str
+    corpus_id: str
+    accuracy: Estimate
+    """`chance` is always saying what is most frequent in this corpus."""
+    majority: str
+    """What that is."""
+    slices: dict[str, Estimate]
+    """By class or answer type, and by the text's length."""
+    num_examples: int
+    num_undecodable: int
+    """Examples left out, because a picture does not decode."""
+    bad: dict[str, int]
+    """Annotations left out, by class."""
+    seconds: float
+    tracking_uri: str
+    run_id: str
+    predictions: tuple[Prediction, ...]
+
+
+def evaluate_task(
+    task: str, config: EvaluateTaskConfig, *, on_progress: OnProgress = lambda *_: None
+) -> TaskResult:
+    """Let a model answer every example of a corpus; Ray must be connected.
+
+    The score of a question with four annotators or more is VQA v2's; with fewer, an answer is right
+    that one of them gave.
+
+    Raises:
+        InputError: model, corpus or list of answers is absent, damaged, or of another task.
+    """
+    started = time.monotonic()
+    manifest, folder = read_manifest(config.corpus), find_model("--model", config.model)
+    loaded = _load(folder, task, config)
+    answers = _answer_list(config, loaded)
+    collected = collect_examples(manifest, loaded.task)
+    with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
+        examples = Path(scratch) / "examples.arrow"
+        write_examples(collected, examples)
+        rows = _predict(config, loaded, folder, examples, answers, on_progress)
+    table = collected.table
+    is_shown = np.array([row["is_shown"] for row in rows])
+    answered = [str(row["answer"]) for row in rows]
+    scores, majority, blind = _score(loaded.task, table, answered)
+    kinds, texts = table["kind"].to_pylist(), table["text"].to_pylist()
+    image_of_row = table["row"].to_numpy()
+
+    def estimate(mask: NDArray[np.bool_]) -> Estimate:
+        return mean_estimate(
+            scores[mask],
+            blind[mask],
+            image_of_row[mask],
+            num_resamples=config.bootstrap,
+            seed=config.seed,
+        )
+
+    if not is_shown.any():
+        raise InputError(f"{config.corpus}: no picture decodes. Evaluate on another corpus.")
+    names = [_slices_of(kind, text) for kind, text in zip(kinds, texts, strict=True)]
+    slices = {
+        name: estimate(mask)
+        for name in sorted({name for both in names for name in both})
+        if (mask := is_shown & np.array([name in both for both in names])).any()
+    }
+    run, is_new = _open_run(task, config, folder, manifest)
+    corpus = open_corpus(config.corpus.absolute())
+    truths = _truths(loaded.task, table)
+    result = TaskResult(
+        task=task,
+        model=config.model,
+        corpus=str(config.corpus),
+        corpus_id=manifest.content_id,
+        accuracy=estimate(is_shown),
+        majority=majority,
+        slices=slices,
+        num_examples=int(is_shown.sum()),
+        num_undecodable=int((~is_shown).sum()),
+        bad=collected.bad,
+        seconds=round(time.monotonic() - started, 1),
+        tracking_uri=run.uri,
+        run_id=run.run_id,
+        predictions=tuple(
+            Prediction(
+                image_id=corpus.read(int(image_of_row[n])).image_id,
+                text=texts[n],
+                truth=truths[n],
+                answer=answered[n],
+                probability=float(rows[n]["probability"]),
+                score=float(scores[n]),
+            )
+            for n in np.flatnonzero(is_shown)
+        ),
+    )
+    shown = {
+        p.image_id: int(image_of_row[n])
+        for p, n in zip(result.predictions, np.flatnonzero(is_shown), strict=True)
+    }
+    _log(result, config, run, is_new=is_new, row_of=shown)
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+def _load(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
+    if not folder.is_dir():
+        raise InputError(f"--model {config.model}: is a file. Give a fine-tuned model's folder.")
+    loaded = load_task(folder)
+    if loaded.task != task:
+        raise InputError(
+            f"--model {config.model}: is fine-tuned for {loaded.task}, not for {task}."
+            f" Evaluate it with jobs/evaluate.py {loaded.task}."
+        )
+    return loaded
+
+
+def _answer_list(config: EvaluateTaskConfig, loaded: LoadedTask) -> tuple[str, ...]:
+    if config.answer_list is None or loaded.task != "vqa":
+        return ()
+    try:
+        listed = json.loads(config.answer_list.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config.answer_list}: not JSON ({error}).") from None
+    if not isinstance(listed, list) or not all(isinstance(answer, str) for answer in listed):
+        raise InputError(f"{config.answer_list}: expected is a JSON list of answers.")
+    check_answers(listed, source=str(config.answer_list))
+    return tuple(listed)
+
+
+def _predict(
+    config: EvaluateTaskConfig,
+    loaded: LoadedTask,
+    folder: Path,
+    examples: Path,
+    answers: tuple[str, ...],
+    on_progress: OnProgress,
+) -> list[dict[str, Any]]:
+    """Predict all examples, checked to come whole and in order."""
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if config.device == "cuda" and not num_gpus:
+        raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
+    blocks = predicted_blocks(
+        corpus=config.corpus.absolute(),
+        examples=examples,
+        model=folder,
+        image_size=loaded.model_config.image_size,
+        has_two_pictures=loaded.task == "nlvr2",
+        batch_size=config.batch_size,
+        actors=config.actors,
+        on_gpu=config.device != "cpu" and num_gpus > 0,
+        answering=Answering(
+            top_k=config.top_k, is_open=config.answers == "open", num_beams=config.num_beams
+        ),
+        answers=answers,
+    )
+    total, rows = len(open_examples(examples)), []
+    try:
+        for block in blocks:
+            columns = {name: block[name].tolist() for name in block}
+            values = zip(*columns.values(), strict=True)
+            rows += [dict(zip(columns, row, strict=True)) for row in values]
+            on_progress("examples", len(rows), total)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    assert [row["number"] for row in rows] == list(range(total)), "every example once, in order"
+    return rows
+
+
+def _truths(task: str, table: Any) -> list[str]:
+    if task != "vqa":
+        return table["label"].to_pylist()
+    return [Counter(given).most_common(1)[0][0] for given in table["answers"].to_pylist()]
+
+
+def _score(
+    task: str, table: Any, answered: list[str]
+) -> tuple[NDArray[np.floating], str, NDArray[np.floating]]:
+    """Score the answers, name the most frequent truth, and score always saying that."""
+    majority = Counter(_truths(task, table)).most_common(1)[0][0]
+    if task != "vqa":
+        labels = np.array(table["label"].to_pylist())
+        return (labels == np.array(answered)).astype(float), majority, (labels == majority) * 1.0
+    given = table["answers"].to_pylist()
+    return _vqa_scores(answered, given), majority, _vqa_scores([majority] * len(given), given)
+
+
+def _vqa_scores(answered: list[str], given: list[list[str]]) -> NDArray[np.floating]:
+    scores = np.array([a in those for a, those in zip(answered, given, strict=True)], dtype=float)
+    many = np.array([len(those) >= ANNOTATORS_OF_VQA for those in given])
+    if many.any():
+        places = np.flatnonzero(many)
+        scores[many] = vqa_accuracies([answered[n] for n in places], [given[n] for n in places])
+    return scores
+
+
+def _slices_of(kind: str, text: str) -> tuple[str, ...]:
+    words = len(text.split())
+    length = "short" if words <= SHORT else "medium" if words <= MEDIUM else "long"
+    return (f"{length} text", *([kind] if kind else []))
+
+
+def _open_run(
+    task: str, config: EvaluateTaskConfig, folder: Path, manifest: Manifest
+) -> tuple[tracking.RunHandle, bool]:
+    run = tracking.RunHandle.of(folder)
+    if run is not None:
+        return run, False
+    name = f"{task}-{config.corpus.resolve().name}"
+    tags = {"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)}
+    return tracking.open_run(config.experiment, None, run_name=name, params=config, tags=tags), True
+
+
+def _log(
+    result: TaskResult,
+    config: EvaluateTaskConfig,
+    run: tracking.RunHandle,
+    *,
+    is_new: bool,
+    row_of: dict[str, int],
+) -> None:
+    folder = f"eval/{config.corpus.resolve().name}"
+    found = result.accuracy
+    points = {
+        f"{folder}/accuracy": found.value,
+        f"{folder}/accuracy_low": found.low,
+        f"{folder}/accuracy_high": found.high,
+        f"{folder}/accuracy_majority": found.chance,
+    }
+    tracker = tracking.Tracker(run, skip_logged=False)
+    tracker.log(points, step=0)
+    tracker.log_dict(asdict(result), f"{folder}/{result.task}.json")
+    with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
+        write_config(config, Path(scratch) / "evaluate.json")
+        tracker.log_artifact(Path(scratch) / "evaluate.json", f"{folder}/evaluate.json")
+    tracker.log_figure(slices_figure(found, result.slices), f"{folder}/slices.png")
+    corpus = open_corpus(config.corpus.absolute())
+    by_trust = sorted(result.predictions, key=lambda p: p.probability, reverse=True)
+    for name, cases in (
+        ("worst", [p for p in by_trust if p.score == 0][:NUM_CASES]),
+        ("best", [p for p in by_trust if p.score == 1][:NUM_CASES]),
+    ):
+        if cases:
+            rows = [
+                Case(
+                    image=_shown(corpus, row_of[p.image_id]),
+                    text=p.text,
+                    truth=p.truth,
+                    answer=p.answer,
+                    probability=p.probability,
+                )
+                for p in cases
+            ]
+            tracker.log_figure(cases_figure(name, rows), f"{folder}/{name}.png")
+    if is_new:
+        tracker.finish()
+    else:
+        tracker.close()
+
+
+def _shown(corpus: Any, row: int) -> NDArray[np.uint8]:
+    return decode_image(corpus.read(row).image)

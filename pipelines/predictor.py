@@ -1,0 +1,137 @@
+"""A fine-tuned model before the examples of a corpus: Ray tasks show them, actors answer."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from numpy.typing import NDArray
+
+from albef_core.preprocess import UndecodableImage, decode_image, resize_square
+from albef_core.tasks.folder import load_task
+from albef_core.tasks.predict import Answering, predict
+from pipelines.examples import open_examples
+from pipelines.pairs import open_corpus
+
+DECODE_CPUS = 0.5
+BLOCKS_IN_STORE = 6
+"""Blocks of pictures that may wait or be made at once in the object store."""
+
+Block = dict[str, NDArray[Any]]
+
+
+def predicted_blocks(
+    *,
+    corpus: Path,
+    examples: Path,
+    model: Path,
+    image_size: int,
+    has_two_pictures: bool,
+    batch_size: int,
+    actors: int,
+    on_gpu: bool,
+    answering: Answering,
+    answers: tuple[str, ...],
+) -> Iterator[Block]:
+    """Predict every example of a file in its order; nothing is dropped.
+
+    A block has `number`, `answer`, `probability` of it, and `is_shown`: False where a picture does
+    not decode.
+    """
+    total = len(open_examples(examples))
+    items = [
+        {"start": start, "stop": min(start + batch_size, total)}
+        for start in range(0, total, batch_size)
+    ]
+    show: Any = _show  # Ray's own type of it lists every format of a batch
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        show,
+        batch_size=None,
+        num_cpus=DECODE_CPUS,
+        fn_kwargs={
+            "corpus": corpus,
+            "examples": examples,
+            "image_size": image_size,
+            "has_two_pictures": has_two_pictures,
+        },
+    )
+    dataset = dataset.map_batches(
+        _Predictor,
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0 if on_gpu else 1,
+        num_gpus=1 if on_gpu else 0,
+        fn_constructor_kwargs={
+            "model": model,
+            "on_gpu": on_gpu,
+            "answering": answering,
+            "answers": answers,
+        },
+    )
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    pictures = 2 if has_two_pictures else 1
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=BLOCKS_IN_STORE * batch_size * pictures * 3 * image_size**2
+    )
+    context.target_max_block_size = None  # or a large block would be cut in two
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy")
+    return iter(blocks)
+
+
+def _show(
+    item: Block, *, corpus: Path, examples: Path, image_size: int, has_two_pictures: bool
+) -> Block:
+    numbers = np.arange(int(item["start"][0]), int(item["stop"][0]))
+    table = open_examples(examples).take(numbers)
+    sides = ["left", "row"] if has_two_pictures else ["row"]
+    found = [
+        [_picture(corpus, row, image_size) for row in table[side].to_pylist()] for side in sides
+    ]
+    black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
+    images = [[black if one is None else one for one in pictures] for pictures in found]
+    is_shown = [all(one is not None for one in pictures) for pictures in zip(*found, strict=True)]
+    stacked = np.stack([np.stack(pictures) for pictures in images], axis=1)
+    return {
+        "number": numbers,
+        "images": stacked if has_two_pictures else stacked[:, 0],
+        "texts": np.array(table["text"].to_pylist(), dtype=object),
+        "is_shown": np.array(is_shown),
+    }
+
+
+@lru_cache(maxsize=64)  # the examples of one picture follow each other
+def _picture(corpus: Path, row: int, image_size: int) -> NDArray[np.uint8] | None:
+    try:
+        return resize_square(decode_image(open_corpus(corpus).read(row).image), image_size)
+    except UndecodableImage:
+        return None
+
+
+class _Predictor:
+    """One process with the model."""
+
+    def __init__(
+        self, *, model: Path, on_gpu: bool, answering: Answering, answers: tuple[str, ...]
+    ) -> None:
+        device = "cuda" if on_gpu else "cpu"
+        loaded = load_task(model, device=device)
+        loaded.model.eval()
+        self._loaded = dataclasses.replace(loaded, answers=answers) if answers else loaded
+        self._answering = answering
+
+    def __call__(self, block: Block) -> Block:
+        images = torch.from_numpy(block["images"].copy())
+        said = predict(self._loaded, images, list(block["texts"]), answering=self._answering)
+        return {
+            "number": block["number"],
+            "answer": np.array(said.answers, dtype=object),
+            "probability": said.probabilities.max(axis=1),
+            "is_shown": block["is_shown"],
+        }

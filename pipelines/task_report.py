@@ -1,0 +1,89 @@
+"""Figures and tables of a fine-tuned model's evaluation: rows in, a Figure or a Table out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from albef_core.metrics import Estimate
+from pipelines.report import (
+    BLUE,
+    GRAY,
+    GREEN,
+    VERMILION,
+    panel_rows,
+    paragraph,
+    percent,
+    show_picture,
+)
+
+if TYPE_CHECKING:
+    from pipelines.evaluate_task import TaskResult
+
+LINE_WIDTH, MAX_LINES = 60, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One example, what is true of it and what the model said."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    text: str
+    truth: str
+    answer: str
+    probability: float
+    """The model's own, of its answer."""
+
+
+def cases_figure(name: str, cases: Sequence[Case]) -> Figure:
+    """Show examples with what the model said; `name` is `best` or `worst`: the surest of them."""
+    figure, panels = panel_rows(len(cases), widths=(1, 2.4), width=7)
+    what = "right" if name == "best" else "wrong"
+    figure.suptitle(f"Where the model is surest and {what}", fontsize=10)
+    for (picture, words), case in zip(panels, cases, strict=True):
+        show_picture(picture, case.image)
+        shape = {"width": LINE_WIDTH, "max_lines": MAX_LINES}
+        paragraph(words, 0.98, case.text, note="text", color=GRAY, **shape)
+        said = f"{case.answer} ({percent(case.probability)})"
+        color = GREEN if name == "best" else VERMILION
+        paragraph(words, 0.52, said, note="the model says", color=color, **shape)
+        if name != "best":
+            paragraph(words, 0.24, case.truth, note="true is", color=BLUE, **shape)
+    return figure
+
+
+def slices_figure(accuracy: Estimate, slices: Mapping[str, Estimate]) -> Figure:
+    """Draw the accuracy of each slice with its interval, and what saying one thing would reach."""
+    rows = {"all": accuracy, **slices}
+    figure = Figure(figsize=(6.5, 0.4 * len(rows) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    places = np.arange(len(rows))
+    values = np.array([estimate.value for estimate in rows.values()])
+    spread = np.array([[e.value - e.low, e.high - e.value] for e in rows.values()]).T
+    # A percentile interval of a small slice may leave out the value itself.
+    panel.errorbar(values, places, xerr=np.maximum(spread, 0), fmt="o", color=BLUE, capsize=3)
+    panel.plot([e.chance for e in rows.values()], places, "|", color=GRAY, markersize=14)
+    panel.set_yticks(places, list(rows), fontsize=8)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_xlim(0, 1)
+    panel.set_xlabel("accuracy with 95 % interval; gray: always the most frequent", fontsize=8)
+    panel.set_title(f"Right in {percent(accuracy.value)} of all cases", fontsize=10)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def task_table(result: "TaskResult") -> Table:
+    """Lay out an evaluation for the terminal, in percent."""
+    table = Table(title=f"{result.task} on {result.num_examples:,} examples of {result.corpus}")
+    table.add_column("examples")
+    table.add_column("accuracy (95 %)")
+    table.add_column(f"always {result.majority!r}", justify="right")
+    for name, found in {"all": result.accuracy, **result.slices}.items():
+        cell = f"{100 * found.value:5.1f}  ({100 * found.low:.1f} - {100 * found.high:.1f})"
+        style = "bold" if name == "all" else None
+        table.add_row(name, cell, f"{100 * found.chance:.1f}", style=style)
+    return table
