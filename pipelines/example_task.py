@@ -47,7 +47,8 @@ class ExampleTask:
         self._config, self._device = config, device
         self._loaded = load_task(start, device=device)
         self.tokenizer, self.student = self._loaded.tokenizer, self._loaded.model
-        self.teacher = _read_teacher(start / TEACHER_FILE, self._loaded)
+        self.teacher = frozen_copy(self.student)
+        read_teacher(start / TEACHER_FILE, self.teacher)
         self.teacher.train(not config.recipe.quiet_teacher)
         self.text_layers = self._loaded.model_config.text_layers
         self.spec = example_spec(config, start, self._loaded)
@@ -191,10 +192,8 @@ def weigh_answers(answers: list[list[str]]) -> tuple[list[str], list[float], lis
     return texts, weights, counts
 
 
-def _read_teacher(file: Path, loaded: LoadedTask) -> nn.Module:
-    teacher = frozen_copy(loaded.model)
-    if file.is_file():
-        saved = from_official(load_file(file))
-        state = {name.removeprefix("teacher."): tensor for name, tensor in saved.items()}
-        apply_weights(teacher, state, source=str(file))
-    return teacher
+def read_teacher(file: Path, teacher: nn.Module) -> None:
+    """Give a teacher the weights that the driver has prepared."""
+    saved = from_official(load_file(file))
+    state = {name.removeprefix("teacher."): tensor for name, tensor in saved.items()}
+    apply_weights(teacher, state, source=str(file))

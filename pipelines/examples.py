@@ -27,12 +27,20 @@ from pipelines.manifest import Manifest, read_columns
 from pipelines.order import Stream, epoch_slice, generator, steps_per_epoch
 from pipelines.pairs import MAX_STAND_INS, image_key, open_corpus
 
-TaskName = Literal["entailment", "vqa", "nlvr2"]
+TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
 LABELS = {
     "entailment": ("contradiction", "neutral", "entailment"),
     "nlvr2": ("false", "true"),
 }
 """Classes of a task by their names."""
+PLACES = {
+    "retrieval": ("captions", ""),
+    "grounding": ("objects", "expression"),
+    "entailment": ("entailment", "sentence"),
+    "vqa": ("questions", "question"),
+    "nlvr2": ("pairs", "sentence"),
+}
+"""Where the examples of a task are: key of the annotations, and of a text there."""
 NO_ROW = -1
 SCHEMA = pa.schema(
     [
@@ -72,9 +80,10 @@ def collect_examples(manifest: Manifest, task: TaskName) -> Collected:
     bad: Counter[str] = Counter()
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     row = 0
-    for table in read_columns(manifest, ["annotations"]):
-        for text in table["annotations"].to_pylist():
-            for example in _examples_of(json.loads(text or "{}"), task, rows_of, bad):
+    for table in read_columns(manifest, ["annotations", "captions"]):
+        for text, captions in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            said = json.loads(text or "{}") | {"captions": captions}
+            for example in _examples_of(said, task, rows_of, bad):
                 for name, value in ({"row": row} | example).items():
                     columns[name].append(value)
             row += 1
@@ -98,10 +107,12 @@ def _examples_of(
     annotations: dict[str, Any], task: TaskName, rows_of: dict[str, int], bad: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Read the annotations of one picture."""
-    key = {"entailment": "entailment", "vqa": "questions", "nlvr2": "pairs"}[task]
+    key, part = PLACES[task]
     for entry in annotations.get(key) or []:
-        text = entry.get("question" if task == "vqa" else "sentence") or ""
+        text = entry if task == "retrieval" else entry.get(part) or ""
         example = {"left": NO_ROW, "text": text, "label": "", "answers": [], "kind": ""}
+        if task == "grounding" and part not in entry:
+            continue  # a thing without an expression is no example, and no mistake
         if not text.strip():
             bad["no text"] += 1
             continue
@@ -112,6 +123,9 @@ def _examples_of(
                 continue
             kind = entry.get("answer_type") or entry.get("type") or ""
             yield example | {"answers": answers, "kind": kind}
+            continue
+        if task in ("retrieval", "grounding"):
+            yield example
             continue
         label = str(entry.get("label")).lower()
         if label not in LABELS[task]:
@@ -157,6 +171,8 @@ class ExampleBatch:
     answers: list[list[str]]
     """Answers of all annotators, one list a question."""
     image_ids: list[str]
+    image_keys: NDArray[np.int64]
+    """`pairs.image_key` of every (right) picture (B)."""
     captions: list[str]
     """The texts as they are in the corpus."""
     bad_ids: list[str]
@@ -238,6 +254,7 @@ class ExampleSpec:
             labels=list(columns["labels"]),
             answers=[json.loads(text) for text in columns["answers"]],
             image_ids=list(columns["image_ids"]),
+            image_keys=np.array([image_key(image_id) for image_id in columns["image_ids"]]),
             captions=list(columns["captions"]),
             bad_ids=[image_id for image_id in columns["bad_ids"] if image_id],
         )

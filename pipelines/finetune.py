@@ -12,14 +12,19 @@ from torch import Tensor
 
 from albef_core.config import ModelConfig, TextConfig
 from albef_core.errors import InputError
+from albef_core.model import ALBEF
 from albef_core.official import from_official
-from albef_core.tasks.folder import load_task, save_task, start_task
+from albef_core.tasks.folder import save_task, start_task
+from albef_core.teacher import Teacher
 from albef_core.weights import (
     LoadedModel,
+    WeightsReport,
+    apply_weights,
     load_model,
     official_state,
     read_official,
     read_tensors,
+    save_model,
 )
 from pipelines.checkpoint import QUEUES
 from pipelines.config import FinetuneConfig
@@ -27,10 +32,13 @@ from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, ExampleTask
 from pipelines.examples import Collected, collect_examples, write_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
+from pipelines.pair_task import PairTask
 from pipelines.presets import INIT
 from pipelines.train import Course, TrainResult, train, with_absolute_names
 
 logger = logging.getLogger(__name__)
+ON_PAIRS = ("retrieval", "grounding")
+"""Tasks that learn from pairs of a picture and a text, with ITC and ITM."""
 SIZE_RATIO = 1.5
 """Resolution of fine-tuning over that of pre-training; the paper: 384 over 256."""
 TEACHER_OF_PRETRAINING = "teacher.safetensors"
@@ -50,13 +58,11 @@ def finetune(config: FinetuneConfig) -> TrainResult:
         )
     config = with_absolute_names(config)
     manifest = read_manifest(config.corpus)
-    if config.task in ("retrieval", "grounding"):
-        raise NotImplementedError  # see pair_task
     collected = collect_examples(manifest, config.task)
     for kind, count in collected.bad.items():
         logger.warning("%s: %d examples left out, with %s", config.corpus, count, kind)
     course = Course(
-        task=ExampleTask,
+        task=PairTask if config.task in ON_PAIRS else ExampleTask,
         corpus_id=f"{manifest.content_id}:{collected.digest[:16]}",
         num_items=len(collected.table),
         prepare=lambda config, folder: prepare_task(config, collected, folder),
@@ -79,34 +85,62 @@ def prepare_task(
     """
     if (folder / "config.json").is_file():
         logger.info("%s is there already: this run goes on", folder.parent)
-        load_task(folder)
         return config, {}
-    assert config.task not in ("retrieval", "grounding")
     source = find_model("--init", config.init)
     loaded = load_model(source)
     sizes, text = sizes_for(config, loaded), text_for(config, loaded)
-    torch.manual_seed(config.seed)
     weights = None if config.from_scratch else _pretrained(source, loaded)
-    student, teacher, report = start_task(
-        config.task, sizes, weights, recipe=config.recipe, source=config.init
-    )
-    logger.info("weights from %s", report)
     partial = folder.with_name(folder.name + ".tmp")
-    save_task(
-        partial,
-        student,
-        task=config.task,
-        model_config=sizes,
-        text_config=text,
-        recipe=config.recipe,
-        tokenizer=loaded.tokenizer,
-        answers=tuple(frequent_answers(collected, config.num_answers)),
-    )
+    common = {
+        "model_config": sizes,
+        "text_config": text,
+        "recipe": config.recipe,
+        "tokenizer": loaded.tokenizer,
+    }
+    torch.manual_seed(config.seed)
+    if config.task in ON_PAIRS:
+        student, teacher, report = start_pairs(sizes, weights, source=config.init)
+        save_model(partial, student, **common)
+    else:
+        student, teacher, report = start_task(
+            config.task, sizes, weights, recipe=config.recipe, source=config.init
+        )
+        answers = tuple(frequent_answers(collected, config.num_answers))
+        save_task(partial, student, task=config.task, answers=answers, **common)
+    logger.info("weights from %s", report)
     state = official_state(teacher, text_layers=sizes.text_layers, prefix="teacher.")
     save_file(state, partial / TEACHER_FILE)
     write_examples(collected, partial / EXAMPLES_FILE)
     partial.rename(folder)
     return config, {"weights": str(report), "init": config.init}
+
+
+def start_pairs(
+    config: ModelConfig, pretrained: Mapping[str, Tensor] | None, *, source: str
+) -> tuple[ALBEF, Teacher, WeightsReport]:
+    """Build student and teacher of retrieval and grounding from a pre-trained ALBEF, or at random.
+
+    The teacher starts from the pre-trained teacher where the weights hold one.
+
+    Raises:
+        InputError: the weights do not fit.
+    """
+    student = ALBEF(config)
+    if pretrained is None:
+        names = tuple(name for name, _ in student.named_parameters())
+        report = WeightsReport(source="random start, as asked for", matched=0, missing=names)
+        return student, Teacher(config, student), report
+    own = {name: w for name, w in pretrained.items() if not name.startswith(("teacher.", "queues"))}
+    report = apply_weights(student, own, source=source, may_miss=("mlm_head.",))
+    teacher = Teacher(config, student)
+    theirs = {
+        name.removeprefix("teacher."): weight
+        for name, weight in pretrained.items()
+        if name.startswith("teacher.")
+    }
+    if theirs:
+        apply_weights(teacher, theirs, source=source, may_miss=("mlm_head.",))
+    return student, teacher, report
 
 
 def sizes_for(config: FinetuneConfig, loaded: LoadedModel) -> ModelConfig:

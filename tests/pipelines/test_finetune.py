@@ -1,0 +1,266 @@
+"""Fine-tuning each task from a pre-trained model's folder, and what it leaves."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from albef_core.config import OptimConfig, Recipe, TextConfig
+from albef_core.errors import InputError
+from albef_core.model import ALBEF
+from albef_core.tasks.folder import load_task
+from albef_core.tasks.predict import Answering, predict
+from albef_core.tokenizer import Tokenizer
+from albef_core.weights import load_model, save_model
+from pipelines.config import EvaluateTaskConfig, FinetuneConfig
+from pipelines.evaluate_task import evaluate_task
+from pipelines.example_task import ExampleTask, weigh_answers
+from pipelines.examples import collect_examples
+from pipelines.finetune import ON_PAIRS, finetune, prepare_task
+from pipelines.manifest import Manifest, read_captions
+from pipelines.pair_task import PairTask
+from pipelines.presets import FINETUNE, tiny
+from pipelines.shapes import shapes_picture
+from tests.conftest import picture_row, write_corpus
+
+NUM_IMAGES, BATCH = 60, 10
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Generated pictures with questions, statements, pairs and expressions."""
+    folder = tmp_path_factory.mktemp("shapes") / "corpus"
+    pictures = [shapes_picture(0, number) for number in range(NUM_IMAGES)]
+    rows = [
+        picture_row(number)
+        | {
+            "image": picture.encoded,
+            "image_id": picture.image_id,
+            "captions": picture.captions,
+            "annotations": picture.annotations,
+        }
+        for number, picture in enumerate(pictures)
+    ]
+    return write_corpus(folder, rows, rows_per_shard=60, rows_per_group=16)
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights, one layer of each kind."""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    words = Tokenizer.learn([text for row in read_captions(corpus) for text in row], vocab_size=300)
+    sizes = dataclasses.replace(
+        tiny().model,
+        image_size=32,
+        image_width=32,
+        image_layers=1,
+        text_width=32,
+        text_layers=1,
+        fusion_layers=1,
+        vocab_size=words.vocab_size,
+    )
+    torch.manual_seed(7)
+    save_model(
+        folder,
+        ALBEF(sizes),
+        model_config=sizes,
+        text_config=TextConfig(tokenizer="corpus", max_tokens=20),
+        recipe=Recipe(),
+        tokenizer=words,
+    )
+    return folder
+
+
+def run_of(task: str, corpus: Manifest, pretrained: Path, root: Path) -> FinetuneConfig:
+    return dataclasses.replace(
+        FINETUNE[task](),
+        corpus=corpus.folder,
+        init=str(pretrained),
+        storage=root / "runs",
+        name="run",
+        steps=4,
+        epochs=None,
+        batch_size=BATCH,
+        workers=2,
+        log_every=2,
+        num_slots=16,
+        optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_norm=1.0),
+    )
+
+
+@pytest.mark.parametrize("task", FINETUNE)
+def test_a_task_starts_from_the_pretrained_weights_learns_and_is_kept(
+    task: str, corpus: Manifest, pretrained: Path, tmp_path: Path
+) -> None:
+    config = run_of(task, corpus, pretrained, tmp_path)
+    collected = collect_examples(corpus, config.task)
+    _, tags = prepare_task(config, collected, tmp_path / "start")
+    made = (PairTask if task in ON_PAIRS else ExampleTask)(config, tmp_path / "start", CPU)
+    theirs = load_model(pretrained).model.state_dict()
+    own = made.student.state_dict()
+    block = "image_encoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(own[block], theirs[block])
+    assert own["image_encoder.pos_embed"].shape[1] == 1 + 9, "48 pixels in patches of 16"
+    assert "0 missing" in tags["weights"] or "classifier" in tags["weights"] or task not in ON_PAIRS
+
+    optimizer = torch.optim.AdamW(made.student.parameters(), lr=1e-2)
+    losses = []
+    columns = made.spec.prepare(step=0, start=0, stop=BATCH)
+    batch = made.spec.collect(0, 0, columns)
+    assert len(batch.captions) == BATCH
+    for step in range(6):
+        outcome = made.forward(batch, longest=made.longest(batch), alpha=0.4, seed=step)
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+        losses.append(made.curves(outcome)["train/loss/total"].item())
+    assert losses[-1] < losses[0]
+    assert moved(made.teacher, theirs), "the teacher follows"
+    made.save(tmp_path / "model", made.student)
+    loaded = load_model(tmp_path / "model") if task in ON_PAIRS else load_task(tmp_path / "model")
+    for name, weight in loaded.model.named_parameters():
+        assert torch.equal(weight, dict(made.student.named_parameters())[name]), name
+
+
+def moved(teacher: nn.Module, theirs: dict[str, torch.Tensor]) -> bool:
+    name = "image_encoder.blocks.0.attn.qkv.weight"
+    return not torch.equal(dict(teacher.named_parameters())[name], theirs[name])
+
+
+def test_examples_are_those_of_the_annotations_and_every_one_is_shown_once_an_epoch(
+    corpus: Manifest, pretrained: Path, tmp_path: Path
+) -> None:
+    config = run_of("vqa", corpus, pretrained, tmp_path)
+    collected = collect_examples(corpus, "vqa")
+    truth = [
+        question["question"]
+        for number in range(NUM_IMAGES)
+        for question in json.loads(shapes_picture(0, number).annotations)["questions"]
+    ]
+    assert collected.table["text"].to_pylist() == truth
+    prepare_task(config, collected, tmp_path / "start")
+    spec = ExampleTask(config, tmp_path / "start", CPU).spec
+    steps = spec.count() // BATCH
+    seen = [
+        text
+        for step in range(steps)
+        for text in spec.prepare(step=step, start=0, stop=BATCH)["captions"]
+    ]
+    left_over = spec.count() % BATCH
+    assert len(seen) == len(truth) - left_over
+    assert sorted(seen) != seen
+    again = spec.prepare(step=1, start=3, stop=7)
+    assert again["captions"].tolist() == seen[BATCH + 3 : BATCH + 7]
+
+
+def test_answers_weigh_what_their_share_of_annotators_is() -> None:
+    texts, weights, counts = weigh_answers([["red", "blue", "red", "red"], ["two"]])
+    assert texts == ["red", "blue", "two"]
+    assert weights == [0.75, 0.25, 1.0]
+    assert counts == [2, 1]
+
+
+def test_random_weights_are_taken_only_when_asked_for(
+    corpus: Manifest, pretrained: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        run_of("entailment", corpus, pretrained, tmp_path), from_scratch=True
+    )
+    _, tags = prepare_task(config, collect_examples(corpus, "entailment"), tmp_path / "start")
+    assert tags["weights"].startswith("random start, as asked for: 0 matched")
+    block = "image_encoder.blocks.0.attn.qkv.weight"
+    weights = load_task(tmp_path / "start").model.state_dict()
+    assert not torch.equal(weights[block], load_model(pretrained).model.state_dict()[block])
+
+
+def test_mistakes_are_one_line_each(corpus: Manifest, pretrained: Path, tmp_path: Path) -> None:
+    config = run_of("vqa", corpus, pretrained, tmp_path)
+    collected = collect_examples(corpus, "vqa")
+    with pytest.raises(InputError, match="--init is missing"):
+        finetune(dataclasses.replace(config, init=FINETUNE["vqa"]().init))
+    with pytest.raises(InputError, match=r"--max-tokens 500 is more than the 64 positions"):
+        prepare_task(dataclasses.replace(config, max_tokens=500), collected, tmp_path / "a")
+    missing = dataclasses.replace(config, init=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"--init .*nothing: no such file"):
+        prepare_task(missing, collected, tmp_path / "b")
+    bare = write_corpus(
+        tmp_path / "bare",
+        [picture_row(0)],
+        rows_per_shard=1,
+        rows_per_group=1,
+    )
+    with pytest.raises(InputError, match="none of its 1 pictures has annotations for vqa"):
+        collect_examples(bare, "vqa")
+    prepare_task(config, collected, tmp_path / "start")
+    with pytest.raises(InputError, match="fine-tuned for vqa"):
+        load_model(tmp_path / "start")
+    with pytest.raises(InputError, match="not fine-tuned for any of"):
+        load_task(pretrained)
+
+
+def test_open_answers_are_written_and_closed_ones_chosen(
+    corpus: Manifest, pretrained: Path, tmp_path: Path
+) -> None:
+    prepare_task(
+        run_of("vqa", corpus, pretrained, tmp_path),
+        collect_examples(corpus, "vqa"),
+        tmp_path / "start",
+    )
+    loaded = load_task(tmp_path / "start")
+    loaded.model.eval()
+    pictures = torch.randint(0, 255, (3, 48, 48, 3), dtype=torch.uint8)
+    questions = ["what color is it?", "how many?", "is there a star?"]
+    chosen = predict(loaded, pictures, questions, answering=Answering(top_k=5))
+    assert set(chosen.answers) <= set(loaded.answers)
+    assert chosen.probabilities.shape == (3, 5)
+    np.testing.assert_allclose(chosen.probabilities.sum(axis=1), 1, rtol=1e-5)
+    written = predict(loaded, pictures, questions, answering=Answering(is_open=True, num_beams=2))
+    assert all(isinstance(answer, str) for answer in written.answers)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_questions_go_through_training_evaluation_and_mlflow(
+    local_ray: None,
+    corpus: Manifest,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config = run_of("vqa", corpus, pretrained, tmp_path)
+    result = finetune(config)
+    longer = finetune(dataclasses.replace(config, steps=6, workers=1))
+    assert longer.handle == result.handle, "the same run goes on"
+    evaluated = evaluate_task(
+        "vqa",
+        EvaluateTaskConfig(
+            model=longer.stored.uri,
+            corpus=corpus.folder,
+            json=tmp_path / "vqa.json",
+            batch_size=50,
+            bootstrap=50,
+        ),
+    )
+    saved = json.loads((tmp_path / "vqa.json").read_text())
+    total = len(collect_examples(corpus, "vqa").table)
+    assert saved["num_examples"] == len(saved["predictions"]) == total
+    scores = [prediction["score"] for prediction in saved["predictions"]]
+    assert saved["accuracy"]["value"] == pytest.approx(sum(scores) / total)
+    assert evaluated.accuracy.low <= evaluated.accuracy.value <= evaluated.accuracy.high
+    assert evaluated.run_id == result.handle.run_id
+    served = mlflow.pyfunc.load_model(longer.stored.uri)
+    picture = shapes_picture(0, 0).encoded
+    answer = served.predict(pd.DataFrame({"image": [picture], "text": ["what color is it?"]}))
+    assert 0 <= answer["probability"][0] <= 1
+    with pytest.raises(InputError, match="fine-tuned for vqa, not for entailment"):
+        evaluate_task(
+            "entailment", EvaluateTaskConfig(model=str(longer.model), corpus=corpus.folder)
+        )
