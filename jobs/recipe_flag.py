@@ -74,10 +74,13 @@ def _choices(field: dataclasses.Field) -> dict[str, Any]:
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """Return the sentences under the fields of a config class, by field."""
+    """Return the sentences under the fields of a config class, its parents' too, by field."""
+    sentences: dict[str, str] = {}
+    for parent in config_class.__bases__:
+        if dataclasses.is_dataclass(parent):
+            sentences |= field_docs(parent)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
     assert isinstance(tree, ast.ClassDef)
-    sentences: dict[str, str] = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(

@@ -175,7 +175,7 @@ def _fit(job: TrainJob, *, on_gpu: bool) -> None:
     trainer = TorchTrainer(
         train_loop,
         # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
-        train_loop_config={"job": cloudpickle.dumps(job)},
+        train_loop_config={"job": cloudpickle.dumps(job)},  # pyright: ignore[reportPrivateImportUsage]  # Ray documents it
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=on_gpu,

@@ -26,7 +26,7 @@ def run_job(*args: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_setting_without_failures_is_a_table_a_file_and_code_0(
-    small_corpus: SmallCorpus, tmp_path: Path
+    joined_ray: None, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:
     flags = ["--corpus", str(small_corpus.folder), "--storage", str(tmp_path / "runs")]
     # The step is slow enough for the feed of a busy machine.
@@ -44,7 +44,9 @@ def test_a_setting_without_failures_is_a_table_a_file_and_code_0(
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_failure_is_code_1_with_what_to_do(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_a_failure_is_code_1_with_what_to_do(
+    joined_ray: None, small_corpus: SmallCorpus, tmp_path: Path
+) -> None:
     flags = ["--corpus", str(small_corpus.folder), "--storage", str(tmp_path / "runs")]
     done = run_job("tiny", *flags, "--vocab-size", "50", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 1, done.stderr

@@ -15,7 +15,7 @@ def run_job(*args: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_the_job_builds_a_corpus_says_what_comes_next_and_builds_it_again(tmp_path):
+def test_the_job_builds_a_corpus_says_what_comes_next_and_builds_it_again(joined_ray, tmp_path):
     out = tmp_path / "corpus"
     done = run_job("--source", "shapes", "--out", str(out), "--num-images", "30", "--seed", "7")
     assert done.returncode == 0, done.stderr

@@ -183,7 +183,7 @@ def test_a_batch_that_is_not_due_is_refused(local_ray, spec, monkeypatch):
     monkeypatch.setattr(feed, "_task", confused)
     stream = read(spec)
     assert [next(stream).step, next(stream).step] == [0, 1]
-    with pytest.raises(FeedOrderError, match=r"step 2, pairs 0 to 31 are due; step 3, pairs 0"):
+    with pytest.raises(FeedOrderError, match=r"step 2, items 0 to 31 are due; step 3, items 0"):
         next(stream)
 
 
