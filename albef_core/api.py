@@ -95,7 +95,8 @@ class Albef:
     def embed_images(self, images: Sequence[Picture]) -> Float32[np.ndarray, "I D"]:
         """Give each image's unit vector, whose product with a text's is their cosine (ITC)."""
         parts = [
-            self._model.encode_image(self._pixels(part))[1] for part in self._parts(_listed(images))
+            self._model.encode_image(self._pixels(part))[1]
+            for part in self._parts(check_list(images))
         ]
         return self._joined(parts)
 
@@ -103,7 +104,8 @@ class Albef:
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "T D"]:
         """Give each text's unit vector, whose product with an image's is their cosine (ITC)."""
         parts = [
-            self._model.encode_text(*self._tokens(part))[1] for part in self._parts(_listed(texts))
+            self._model.encode_text(*self._tokens(part))[1]
+            for part in self._parts(check_list(texts))
         ]
         return self._joined(parts)
 
@@ -127,7 +129,7 @@ class Albef:
         The `top_k` nearest by ITC are put in order by ITM; K and J are `top_k`, or how many texts
         and images there are. Holds every token of all of them: 2 MB an image at full size.
         """
-        images, texts = _listed(images), _listed(texts)
+        images, texts = check_list(images), check_list(texts)
         if not len(images) or not len(texts):
             raise InputError(f"{len(images)} images and {len(texts)} texts: nothing to rank.")
         parts = [self._model.encode_image(self._pixels(part)) for part in self._parts(images)]
@@ -223,7 +225,7 @@ class Albef:
 
     def _pixels(self, images: Sequence[Picture]) -> Float[Tensor, "B 3 R R"]:
         size = self.loaded.model_config.image_size
-        squares = np.stack([resize_square(_read(image), size) for image in images])
+        squares = np.stack([resize_square(read_picture(image), size) for image in images])
         return normalize(torch.from_numpy(squares).to(self._device))
 
     def _tokens(
@@ -268,7 +270,7 @@ class Albef:
     def _pairs(
         self, images: Sequence[Picture], texts: Sequence[str]
     ) -> Iterator[tuple[Sequence[Picture], Sequence[str]]]:
-        images, texts = _listed(images), _listed(texts)
+        images, texts = check_list(images), check_list(texts)
         if len(images) != len(texts):
             raise InputError(
                 f"{len(images)} images and {len(texts)} texts are no pairs. Give as many of both."
@@ -280,13 +282,19 @@ class Albef:
         return np.concatenate([nothing, *(part.cpu().numpy() for part in features)])
 
 
-def _listed(items: Any) -> Any:
+def check_list(items: Any) -> Any:
+    """Refuse a single image or text where a list of them belongs."""
     if isinstance(items, str | Path | Image.Image):
         raise InputError(f"{str(items)!r}: images and texts come in lists. Put it in one.")
     return items
 
 
-def _read(image: Picture) -> UInt8[np.ndarray, "H W 3"]:
+def read_picture(image: Picture) -> UInt8[np.ndarray, "H W 3"]:
+    """Read a picture upright and in RGB.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     if isinstance(image, Image.Image):
         return upright_rgb(image)
     if isinstance(image, np.ndarray):
