@@ -31,6 +31,7 @@ from pipelines.checkpoint_files import (
     mark_file,
     read_state,
 )
+from pipelines.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,17 @@ class CheckpointStore:
         self._fs.rm_file(f"{self._root}/{name}/{STATE_FILE}")
         if self._fs.exists(f"{self._root}/{name}"):  # object stores have no empty folders
             self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+
+def open_store(config: TrainConfig) -> CheckpointStore:
+    """Open where the checkpoints of a run lie.
+
+    Raises:
+        InputError: the location cannot be used.
+    """
+    root = config.checkpoints.rstrip("/") or str(config.storage)
+    location = f"{root}/{config.name}"
+    return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.keep_best)
 
 
 def _connect(url: str) -> tuple[AbstractFileSystem, str]:

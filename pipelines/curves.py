@@ -4,13 +4,15 @@ import math
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from albef_core.distributed import gather_objects, mean_over_workers
 from albef_core.errors import InputError
-from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 MIN_PAIRS_TO_JUDGE = 1000
 """Pairs read before the share of undecodable pictures may stop a run."""
@@ -21,7 +23,7 @@ SENDING_TIMEOUT_S = 30.0
 class Curves:
     """Collects what happens between two points of the curves, and draws the points."""
 
-    tracker: Tracker | None
+    tracker: "Tracker | None"
     """On rank 0 only."""
     board: Any
     """The driver's ProgressBoard."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from albef_core.teacher import follow, frozen_copy
 from albef_core.weights import apply_weights
 from pipelines.config import FinetuneConfig
 from pipelines.examples import ExampleBatch, ExampleSpec
-from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 EXAMPLES_FILE = "examples.arrow"
 """In the folder that a training starts from: what it learns."""
@@ -90,7 +92,7 @@ class ExampleTask:
         return {"train/loss/total": outcome.loss, f"train/{name}": right}
 
     def draw(
-        self, tracker: Tracker | None, batch: ExampleBatch, outcome: Any, *, step: int
+        self, tracker: "Tracker | None", batch: ExampleBatch, outcome: Any, *, step: int
     ) -> None:
         """Log no picture: evaluation shows the best and the worst cases."""
 

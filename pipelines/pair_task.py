@@ -1,6 +1,7 @@
 """Fine-tuning from pairs as the trainer sees it: retrieval, and grounding, which learns alike."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from albef_core.weights import load_model, save_model
 from pipelines.config import FinetuneConfig
 from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, read_teacher
 from pipelines.examples import ExampleBatch, ExampleSpec
-from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 
 class PairTask:
@@ -105,7 +108,7 @@ class PairTask:
         }
 
     def draw(
-        self, tracker: Tracker | None, batch: ExampleBatch, outcome: RetrievalStep, *, step: int
+        self, tracker: "Tracker | None", batch: ExampleBatch, outcome: RetrievalStep, *, step: int
     ) -> None:
         """Log no picture: evaluation shows what is found."""
 

@@ -1,6 +1,7 @@
 """Pre-training as the trainer sees it: ITC, ITM and MLM on pairs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from albef_core.weights import load_model, save_model
 from pipelines.config import PretrainConfig
 from pipelines.inputs import feed_spec, num_tokens, to_device
 from pipelines.pairs import FeedBatch
-from pipelines.tracking import Tracker
 from pipelines.train_pictures import hard_negative_similarity, log_pictures
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 
 class PretrainingTask:
@@ -90,7 +93,7 @@ class PretrainingTask:
         }
 
     def draw(
-        self, tracker: Tracker | None, batch: FeedBatch, outcome: PretrainingStep, *, step: int
+        self, tracker: "Tracker | None", batch: FeedBatch, outcome: PretrainingStep, *, step: int
     ) -> None:
         """Log pictures of hard negatives and of the teacher's pseudo-targets (a collective)."""
         own = own_share(self._config.batch_size)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from albef_core.errors import InputError
 from pipelines.checkpoint import TRAINING_CONFIG
 from pipelines.checkpoint_files import STATE_FILE
-from pipelines.checkpoint_store import CheckpointStore, Found, open_checkpoint
+from pipelines.checkpoint_store import CheckpointStore, Found, open_checkpoint, open_store
 from pipelines.config import TrainConfig
 from pipelines.config_file import read_config
 from pipelines.tracking import flatten
@@ -55,17 +55,6 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields that do not change what is learned at a step; the corpus's content does."""
-
-
-def open_store(config: TrainConfig) -> CheckpointStore:
-    """Open where the checkpoints of a run lie.
-
-    Raises:
-        InputError: the location cannot be used.
-    """
-    root = config.checkpoints.rstrip("/") or str(config.storage)
-    location = f"{root}/{config.name}"
-    return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.keep_best)
 
 
 def name_run(config: Config) -> Config:

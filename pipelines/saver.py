@@ -8,12 +8,12 @@ from albef_core.distributed import gather_objects, world_size
 from albef_core.errors import InputError
 from pipelines.checkpoint import SaveStudent, Snapshotter, TrainState, restore, write_snapshot
 from pipelines.checkpoint_files import Progress, running_versions
+from pipelines.checkpoint_store import open_store
 from pipelines.checkpoint_writer import BackgroundWriter
 from pipelines.config import TrainConfig
 from pipelines.config_file import config_digest
 from pipelines.curves import Curves
 from pipelines.order import ORDER_VERSION, WINDOW_GROUPS
-from pipelines.resume import open_store
 
 
 class Saver:

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from albef_core.feature_queue import Queues
 from pipelines.feed import Spec
-from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 
 class Batch(Protocol):
@@ -89,7 +91,7 @@ class Task(Protocol):
         """Give this worker's part of the curves, the losses among them."""
         ...
 
-    def draw(self, tracker: Tracker | None, batch: Any, outcome: Any, *, step: int) -> None:
+    def draw(self, tracker: "Tracker | None", batch: Any, outcome: Any, *, step: int) -> None:
         """Log pictures of what is learned (a collective)."""
         ...
 

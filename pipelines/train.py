@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from albef_core.config import format_recipe
 from albef_core.errors import InputError, Preempted
-from pipelines.checkpoint_store import CheckpointStore, Found
+from pipelines.checkpoint_store import CheckpointStore, Found, open_store
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig, TrainConfig
 from pipelines.config_file import write_config
@@ -35,7 +35,6 @@ from pipelines.resume import (
     adopt,
     check_same,
     name_run,
-    open_store,
 )
 from pipelines.start import prepare_start, use_gpu
 from pipelines.task import Task
@@ -143,7 +142,8 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             corpus_id=course.corpus_id,
             num_steps=config.steps or (config.epochs or 0) * epoch_steps,
             steps_per_epoch=epoch_steps,
-            handle=handle,
+            tracking_uri=handle.uri,
+            run_id=handle.run_id,
             board=ProgressBoard.remote(),
         )
         _fit(job, on_gpu=on_gpu)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import ray.train
@@ -27,8 +27,10 @@ from pipelines.feed import batches
 from pipelines.flight_recorder import FlightRecorder
 from pipelines.saver import Saver
 from pipelines.task import Batch, Outcome, Task
-from pipelines.tracking import RunHandle, Tracker
 from pipelines.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class TrainJob:
     corpus_id: str
     num_steps: int
     steps_per_epoch: int
-    handle: RunHandle
+    tracking_uri: str
+    run_id: str
     board: Any
     """The driver's ProgressBoard."""
 
@@ -94,7 +97,7 @@ class Worker:
         )
         self.agreement = Agreement()
         self.curves = Curves(
-            tracker=Tracker(job.handle) if self.rank == 0 else None,
+            tracker=_open_tracker(job) if self.rank == 0 else None,
             board=job.board,
             shown=self.task.shown,
             batch_size=config.batch_size,
@@ -281,6 +284,12 @@ class Worker:
             if batch is None:
                 return
             yield batch, time.perf_counter() - started
+
+
+def _open_tracker(job: TrainJob) -> "Tracker":
+    from pipelines.tracking import RunHandle, Tracker  # noqa: PLC0415  # seconds, on rank 0 alone
+
+    return Tracker(RunHandle(job.tracking_uri, job.run_id))
 
 
 def seed_of(seed: int, step: int) -> int:

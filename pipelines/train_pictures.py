@@ -1,6 +1,7 @@
 """From the tensors of a step to the rows of the pictures that a training keeps."""
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,14 +12,12 @@ from albef_core.masking import NOT_SCORED
 from albef_core.outcome import PretrainingStep
 from albef_core.tokenizer import Tokenizer
 from pipelines.pairs import FeedBatch
-from pipelines.report import (
-    CaptionTarget,
-    HardNegative,
-    WordTarget,
-    hard_negatives_figure,
-    pseudo_targets_figure,
-)
-from pipelines.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.report import CaptionTarget, WordTarget
+    from pipelines.tracking import Tracker
+
+# pipelines.report is imported by those that draw, on rank 0: matplotlib costs seconds.
 
 PICTURE_ROWS = 5
 """Pairs in the pictures of hard negatives and of pseudo-targets."""
@@ -27,7 +26,7 @@ NUM_SHOWN = 5
 
 
 def log_pictures(
-    tracker: Tracker | None,
+    tracker: "Tracker | None",
     batch: FeedBatch,
     outcome: PretrainingStep,
     tokenizer: Tokenizer,
@@ -46,6 +45,12 @@ def log_pictures(
     pairs = pairs_at(wanted, batch, places=places)
     if tracker is None:
         return
+    from pipelines.report import (  # noqa: PLC0415
+        HardNegative,
+        hard_negatives_figure,
+        pseudo_targets_figure,
+    )
+
     match = outcome.itm.logits.detach().softmax(dim=1)[:, 1].cpu().view(3, len(places))
     negatives = [
         HardNegative(
@@ -92,8 +97,10 @@ def pairs_at(
 
 def word_targets(
     batch: FeedBatch, step: PretrainingStep, tokenizer: Tokenizer, *, count: int
-) -> list[WordTarget]:
+) -> "list[WordTarget]":
     """Show the teacher's words for some masks, the surest first."""
+    from pipelines.report import WordTarget  # noqa: PLC0415
+
     rows, columns = np.nonzero(batch.mlm_labels != NOT_SCORED)
     known = step.mlm.teacher_logits[:, : tokenizer.vocab_size]  # the model may have spare rows
     probabilities, words = known.softmax(dim=1).topk(NUM_SHOWN)
@@ -116,8 +123,12 @@ def word_targets(
     return targets
 
 
-def caption_targets(batch: FeedBatch, step: PretrainingStep, *, count: int) -> list[CaptionTarget]:
+def caption_targets(
+    batch: FeedBatch, step: PretrainingStep, *, count: int
+) -> "list[CaptionTarget]":
     """Show which captions of the batch the teacher finds nearest to some pictures."""
+    from pipelines.report import CaptionTarget  # noqa: PLC0415
+
     cosines = step.teacher_image_features.float() @ step.teacher_text_features.float().T
     best = cosines.topk(min(NUM_SHOWN, len(batch.captions)))
     return [
