@@ -19,14 +19,17 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model as save_pyfunc
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 
 import albef_core
 from albef_core.errors import InputError
 from albef_core.weights import read_folder_config
 
-PAIR = [ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "text")]
+PAIR: list[ColSpec | TensorSpec] = [
+    ColSpec(DataType.binary, "image"),
+    ColSpec(DataType.string, "text"),
+]
 SIGNATURE = ModelSignature(
     inputs=Schema(PAIR),
     outputs=Schema([ColSpec(DataType.double, "similarity"), ColSpec(DataType.double, "match")]),

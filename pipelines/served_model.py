@@ -6,6 +6,8 @@ ours.
 """
 
 import base64
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import predict
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itm_logits
-from albef_core.weights import load_model, read_folder_config
+from albef_core.weights import LoadedModel, load_model, read_folder_config
 
 BATCH_SIZE = 32
 
@@ -28,13 +30,21 @@ BATCH_SIZE = 32
 class ServedModel(PythonModel):
     """Judges pairs of a picture and a text, or does the task that it was fine-tuned for."""
 
+    loaded: LoadedModel
+    """A pre-trained model, or one for retrieval."""
+    tuned: LoadedTask | None = None
+    """... or a task's."""
+
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights that were logged."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = Path(context.artifacts["model"])
-        is_fine_tuned = "task" in read_folder_config(folder)[-1]
-        self.loaded = (load_task if is_fine_tuned else load_model)(folder, device=self.device)
-        self.loaded.model.eval()
+        if "task" in read_folder_config(folder)[-1]:
+            self.tuned = load_task(folder, device=self.device)
+            self.tuned.model.eval()
+        else:
+            self.loaded = load_model(folder, device=self.device)
+            self.loaded.model.eval()
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # None is MLflow's stub
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None
@@ -45,29 +55,25 @@ class ServedModel(PythonModel):
         fine-tuned for a task gives `answer`, the class or the answer to the question, and its
         `probability`; NLVR2's also takes `left`, the left picture, beside `image`, the right one.
         """
-        work = self._do_task if isinstance(self.loaded, LoadedTask) else self._judge
+        work = self._judge if self.tuned is None else partial(self._do_task, self.tuned)
         parts = [
             work(model_input.iloc[start : start + BATCH_SIZE])
             for start in range(0, len(model_input), BATCH_SIZE)
         ]
         return pd.concat(parts, ignore_index=True)
 
-    def _do_task(self, rows: pd.DataFrame) -> pd.DataFrame:
-        pictures = [self._pixels(rows[name]) for name in ("left", "image") if name in rows]
+    def _do_task(self, tuned: LoadedTask, rows: pd.DataFrame) -> pd.DataFrame:
+        size, sides = tuned.model_config.image_size, ("left", "image")
+        pictures = [_pixels(rows[name], size) for name in sides if name in rows]
         pixels = torch.stack(pictures, dim=1) if len(pictures) > 1 else pictures[0]
-        said = predict(self.loaded, pixels, list(rows["text"]))
+        said = predict(tuned, pixels, list(rows["text"]))
         best = said.probabilities.max(axis=1).astype(float)
         return pd.DataFrame({"answer": said.answers, "probability": best})
-
-    def _pixels(self, images: pd.Series) -> torch.Tensor:
-        size = self.loaded.model_config.image_size
-        pictures = [resize_square(decode_image(_as_bytes(image)), size) for image in images]
-        return torch.from_numpy(np.stack(pictures))
 
     @torch.inference_mode()
     def _judge(self, pairs: pd.DataFrame) -> pd.DataFrame:
         model, text = self.loaded.model, self.loaded.text_config
-        pixels = self._pixels(pairs["image"])
+        pixels = _pixels(pairs["image"], self.loaded.model_config.image_size)
         tokens, features = model.encode_image(normalize(pixels.to(self.device)))
         images = EncodedImages(tokens=tokens, features=features)
         ids = self.loaded.tokenizer.encode(
@@ -88,6 +94,11 @@ class ServedModel(PythonModel):
                 "match": logits.softmax(dim=1)[:, 1].double().cpu().numpy(),
             }
         )
+
+
+def _pixels(images: Iterable[bytes | str], size: int) -> torch.Tensor:
+    pictures = [resize_square(decode_image(_as_bytes(image)), size) for image in images]
+    return torch.from_numpy(np.stack(pictures))
 
 
 def _as_bytes(image: bytes | str) -> bytes:

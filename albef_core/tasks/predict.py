@@ -99,6 +99,7 @@ def _answer(
             mask,
             cls_id=tokenizer.cls_id,
             sep_id=tokenizer.sep_id,
+            vocab_size=tokenizer.vocab_size,
             num_beams=answering.num_beams,
             max_tokens=MAX_ANSWER_TOKENS - 2,
         )

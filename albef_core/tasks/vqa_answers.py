@@ -152,6 +152,7 @@ def generate_answers(
     *,
     cls_id: int,
     sep_id: int,
+    vocab_size: int | None = None,
     num_beams: int = 1,
     max_tokens: int = 10,
 ) -> GeneratedAnswers:
@@ -169,6 +170,8 @@ def generate_answers(
         question_mask: False on padding.
         cls_id: what an answer begins with.
         sep_id: what it ends with.
+        vocab_size: word pieces that the tokenizer has, where the model holds spare rows: those are
+            never written.
         num_beams: beginnings that are kept for each question.
         max_tokens: longest answer, [CLS] and [SEP] not counted.
     """
@@ -185,7 +188,7 @@ def generate_answers(
         # Every beginning is read anew: an answer has few tokens, image and question have hundreds.
         begun = beams.flatten(0, 1)
         read = model.decode(begun, torch.ones_like(begun).bool(), tokens, mask)
-        logits = full_precision(model.answer_head(read[:, -1]))
+        logits = full_precision(model.answer_head(read[:, -1]))[:, :vocab_size]
         steps = logits.log_softmax(dim=1).unflatten(0, (num, num_beams))
         is_sep = torch.arange(steps.shape[-1], device=device) == sep_id
         if length == max_tokens:
