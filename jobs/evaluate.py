@@ -19,19 +19,11 @@ def main() -> None:
     from rich.console import Console
 
     from pipelines.cluster import connect
-    from pipelines.evaluate import evaluate_retrieval
-    from pipelines.evaluate_task import evaluate_task
-    from pipelines.report import summary_table
-    from pipelines.task_report import task_table
+    from pipelines.evaluations import evaluate
 
     connect()
     with progress_bars() as show:
-        if isinstance(config, EvaluateConfig):
-            result = evaluate_retrieval(config, on_progress=show)
-            table = summary_table(result)
-        else:
-            result = evaluate_task(task, config, on_progress=show)
-            table = task_table(result)
+        result, table = evaluate(task, config, on_progress=show)
     console = Console()
     console.print(table)
     where = f" and {config.json}" if config.json else ""
