@@ -22,7 +22,7 @@ from pipelines.audit_words import nearest_captions, unlikeliest_word
 from pipelines.cleaning import write_cleaned
 from pipelines.config import AuditConfig
 from pipelines.config_file import write_config
-from pipelines.embedder import Embedding, embedded_tables, load_judge
+from pipelines.embedder import Embedding, embedded_tables, is_null, load_judge
 from pipelines.manifest import Manifest, read_manifest, read_rows
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
@@ -130,6 +130,10 @@ def audit(
     loaded, is_teacher = load_judge(folder)
     judged = _judge(config, manifest, folder, loaded, on_progress)
     scores = disbelief(judged, float(loaded.model.temperature.detach()), seed=config.seed)
+    if not np.isfinite(scores.score[judged.is_judged]).all():
+        raise InputError(
+            f"--model {config.model}: gives numbers that are not finite. Audit with another model."
+        )
     order = _worst_first(judged, scores)
     wrong = _known_wrong(manifest)[judged.row]
     table = _table(judged, scores)
@@ -255,10 +259,6 @@ def _judge(
             f"{config.corpus}: none of its {manifest.num_images} pictures decodes and has a"
             " caption. Audit another corpus."
         )
-    if not np.isfinite(judged.log_odds[judged.is_judged]).all():
-        raise InputError(
-            f"--model {config.model}: gives numbers that are not finite. Audit with another model."
-        )
     return judged
 
 
@@ -287,17 +287,13 @@ def _flat(column: pa.ChunkedArray) -> list[Any]:
 
 def _matrix(column: pa.ChunkedArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Give a column of vectors as rows, zeros for null; and which are not null."""
-    is_there = ~np.asarray(column.is_null())
-    rows = np.zeros((len(column), column.type.list_size), dtype=np.float32)
-    values = np.concatenate([part.to_numpy(zero_copy_only=False) for part in _flat(column)])
-    rows[is_there] = values.reshape(-1, column.type.list_size)
-    return rows, is_there
+    values = np.concatenate([part.fill_null(0).to_numpy() for part in _flat(column)])
+    return values.reshape(-1, column.type.list_size), ~is_null(column)
 
 
 def _worst_first(judged: Judged, scores: Scores) -> NDArray[np.int64]:
     """Order the captions: the judged ones by score, equals as in the corpus; then the others."""
-    order = np.argsort(-scores.score, kind="stable")
-    return order[np.argsort(~judged.is_judged[order], kind="stable")]
+    return np.argsort(-np.where(judged.is_judged, scores.score, -np.inf), kind="stable")
 
 
 def _table(judged: Judged, scores: Scores) -> pa.Table:

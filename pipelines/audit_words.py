@@ -32,7 +32,7 @@ def nearest_captions(
 ) -> NearestCaptions:
     """Find the captions of the highest cosines, those of several pictures once."""
     best: dict[str, float] = {}
-    for text in np.argsort(-cosines, kind="stable"):
+    for text in np.argsort(-cosines, kind="stable").tolist():
         best.setdefault(captions[text], float(cosines[text]))
         if len(best) == count:
             break
@@ -64,8 +64,8 @@ def unlikeliest_word(
     rows = np.flatnonzero(fits)
     if not len(rows):
         return None
-    square = resize_square(image, loaded.model_config.image_size)
-    image_tokens, _ = model.encode_image(normalize(torch.from_numpy(square[None]).to(device)))
+    square = torch.tensor(resize_square(image, loaded.model_config.image_size), device=device)
+    image_tokens, _ = model.encode_image(normalize(square[None]))
     token_ids = torch.from_numpy(ids[rows]).to(device)
     mask = token_ids != tokenizer.pad_id
     text_tokens, _ = model.encode_text(token_ids, mask)

@@ -16,7 +16,7 @@ from albef_core.errors import InputError
 from albef_core.weights import load_model
 from pipelines.config import EmbedConfig
 from pipelines.config_file import write_config
-from pipelines.embedder import Embedding, embedded_tables
+from pipelines.embedder import Embedding, embedded_tables, is_null
 from pipelines.manifest import SHARD_FOLDER, Manifest, Shard, read_manifest
 from pipelines.model_store import find_model
 
@@ -55,9 +55,9 @@ class EmbeddingList:
     num_images: int
     num_captions: int
     num_undecodable: int
-    """Pictures that do not decode; their embedding is null."""
+    """Pictures that do not decode; the numbers of their embedding are null."""
     num_empty_captions: int
-    """Captions of which cleaning leaves nothing; their embedding is null."""
+    """Captions of which cleaning leaves nothing; the numbers of their embedding are null."""
     files: tuple[Shard, ...]
     """In the order of the corpus; names are relative to `embeddings`."""
 
@@ -162,10 +162,10 @@ def _write(out: Path, manifest: Manifest, shard: Shard, tables: Iterable[pa.Tabl
     table = pa.concat_tables(tables)
     ids = pq.read_table(manifest.folder / SHARD_FOLDER / shard.name, columns=["image_id"])
     assert table["image_id"].equals(ids["image_id"]), "every row once, in the order of the corpus"
-    texts = table["caption_embeddings"].combine_chunks().flatten()
+    texts = pa.chunked_array([chunk.flatten() for chunk in table["caption_embeddings"].chunks])
     counts = {
-        UNDECODABLE: str(table["image_embedding"].null_count),
-        EMPTY: str(texts.null_count),
+        UNDECODABLE: str(sum(is_null(table["image_embedding"]))),
+        EMPTY: str(sum(is_null(texts))),
     }
     path = out / FILE_FOLDER / shard.name
     partial = path.with_name(f"{path.name}.tmp")

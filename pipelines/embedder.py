@@ -64,10 +64,10 @@ def embedded_tables(
 ) -> Iterator[pa.Table]:
     """Encode some row groups of a corpus, a table each, in their order; no row is ever dropped.
 
-    Columns: `image_id`, `image_embedding` (null where the picture does not decode), `captions` as
-    they are in the corpus, `caption_embeddings` (null where cleaning leaves no word), and with
-    `has_match` `match_log_odds`, ITM's logit of "matched" less that of "not", one a caption.
-    `config` is the model's. Joins Ray, or starts it.
+    Columns: `image_id`, `image_embedding` (all numbers null where the picture does not decode),
+    `captions` as they are in the corpus, `caption_embeddings` (all numbers null where cleaning
+    leaves no word), and with `has_match` `match_log_odds`, ITM's logit of "matched" less that of
+    "not", one a caption. `config` is the model's. Joins Ray, or starts it.
 
     Raises:
         InputError: Ray has not the resources for so many actors.
@@ -131,6 +131,12 @@ class Encoder:
         )
 
 
+def is_null(vectors: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Tell which vectors of a table are null."""
+    nulls = [np.asarray(chunk.flatten().is_null(), dtype=bool) for chunk in vectors.chunks]
+    return np.concatenate([np.empty(0, dtype=bool), *nulls])[:: vectors.type.list_size]
+
+
 @torch.inference_mode()
 def encode_rows(
     loaded: LoadedModel,
@@ -189,6 +195,10 @@ def _read(loaded: LoadedModel, texts: list[str], batch_size: int) -> EncodedText
 
 
 def _vectors(features: Tensor, is_null: NDArray[np.bool_]) -> pa.FixedSizeListArray:
-    values = pa.array(features.numpy().ravel(), pa.float32())
-    mask = pa.array(is_null, pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(values, features.shape[1], mask=mask)
+    # Null are the numbers and not the list: pyarrow up to 25 writes null lists of a fixed size to
+    # Parquet and cannot read them back (apache/arrow issue 35692).
+    size = features.shape[1]
+    mask = np.repeat(is_null, size)
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(features.numpy().ravel(), pa.float32(), mask=mask), size
+    )
