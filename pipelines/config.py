@@ -333,8 +333,8 @@ class AuditConfig:
     """Rank the captions of a corpus by how little the model believes that they fit."""
 
     model: str
-    """A run's checkpoint, whose teacher is asked, a model folder, an official checkpoint, or a
-    registry URI such as `models:/albef-pretrain/1`."""
+    """A run's checkpoint, whose teacher is asked (in a short run it lags behind), a model folder,
+    an official checkpoint, or a registry URI such as `models:/albef-pretrain/1`."""
     corpus: Path
     """Corpus of captions, as written by jobs/ingest.py."""
     out: Path
