@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,12 @@ from albef_core.preprocess import decode_image
 from albef_core.weights import LoadedModel
 from pipelines import tracking
 from pipelines.audit_report import Disbelief, disbelief_figure
+from pipelines.audit_scores import Judged, Scores, collect, disbelief
 from pipelines.audit_words import nearest_captions, unlikeliest_word
 from pipelines.cleaning import write_cleaned
 from pipelines.config import AuditConfig
 from pipelines.config_file import write_config
-from pipelines.embedder import Embedding, embedded_tables, is_null, load_judge
+from pipelines.embedder import Embedding, embedded_tables, load_judge
 from pipelines.manifest import Manifest, read_manifest, read_rows
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
@@ -32,11 +32,8 @@ OnProgress = Callable[[str, int, int], None]
 SCORES_NAME, PAGE_NAME = "scores.parquet", "worst.png"
 RESULT_NAME, CONFIG_NAME = "audit.json", "config.json"
 CORPUS_FOLDER, DROPPED_NAME = "corpus", "dropped.parquet"
-NUM_REFERENCES = 4096
-"""Captions, and pictures, that similarities are compared with."""
 NUM_WORST = 10
 """Pictures on the page."""
-ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,44 +67,6 @@ class AuditResult:
     seconds: float
     tracking_uri: str
     run_id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """A corpus as the model sees it: I pictures, and T captions in the order of the corpus."""
-
-    image_ids: list[str]
-    image_features: NDArray[np.float32]
-    """(I, D); zeros where the picture does not decode."""
-    is_decoded: NDArray[np.bool_]
-    captions: list[str]
-    """As they are in the corpus."""
-    text_features: NDArray[np.float32]
-    """(T, D); zeros where cleaning leaves no word."""
-    has_words: NDArray[np.bool_]
-    row: NDArray[np.int64]
-    """The picture of each caption."""
-    number: NDArray[np.int64]
-    """The caption's place among its picture's."""
-    log_odds: NDArray[np.float32]
-    """ITM's logit of "matched" less that of "not"."""
-
-    @property
-    def is_judged(self) -> NDArray[np.bool_]:
-        """Tell which captions have a score."""
-        return self.has_words & self.is_decoded[self.row]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What is thought of T captions; without meaning where they are not judged."""
-
-    itc: NDArray[np.float32]
-    """Cosine with the picture."""
-    itm: NDArray[np.float32]
-    """Probability of a match."""
-    score: NDArray[np.float64]
-    """See `disbelief`."""
 
 
 def audit(
@@ -175,52 +134,6 @@ def audit(
     return result
 
 
-def disbelief(judged: Judged, temperature: float, *, seed: int) -> Scores:
-    """Score each caption by how little the model believes that it was written for its picture.
-
-    The score is the negative logarithm of p(caption | picture) / p(caption), in nats: the evidence
-    for a caption drawn at random over one that belongs. It is the sum of two parts, which need no
-    weights and no training, because each head has learned one of them:
-
-    - ITC's softmax over a batch learns the share of that ratio that the two encoders can see. Its
-      estimate for a pair is the similarity over temperature, less the logarithm of the mean of the
-      exponentials with other captions (or, from the caption's side, other pictures): calibrated so
-      that a picture which resembles everything gains nothing. The mean of both sides is taken.
-    - ITM tells true pairs from negatives drawn by that very softmax (section 3.2), so its log-odds
-      are the logarithm of what the softmax leaves out, up to a constant.
-
-    The mean runs over at most `NUM_REFERENCES` captions and pictures of the corpus.
-    """
-    cosines = np.einsum("td,td->t", judged.image_features[judged.row], judged.text_features)
-    rng = np.random.default_rng(seed)
-    texts = _sample(np.flatnonzero(judged.is_judged), rng)
-    images = _sample(np.unique(judged.row[judged.is_judged]), rng)
-    of_image = _log_mean_exp(judged.image_features, judged.text_features[texts], temperature)
-    of_text = _log_mean_exp(judged.text_features, judged.image_features[images], temperature)
-    itc = cosines / temperature - (of_image[judged.row] + of_text) / 2
-    log_odds = judged.log_odds.astype(np.float64)
-    return Scores(
-        itc=cosines,
-        itm=(1 / (1 + np.exp(-np.clip(log_odds, -700, 700)))).astype(np.float32),
-        score=-(itc + log_odds),
-    )
-
-
-def _sample(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    return rows if len(rows) <= NUM_REFERENCES else rng.choice(rows, NUM_REFERENCES, replace=False)
-
-
-def _log_mean_exp(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], temperature: float
-) -> NDArray[np.float64]:
-    means = [np.empty(0)]
-    for start in range(0, len(queries), ROWS_AT_ONCE):
-        logits = (queries[start : start + ROWS_AT_ONCE] @ keys.T).astype(np.float64) / temperature
-        top = logits.max(axis=1)
-        means.append(top + np.log(np.exp(logits - top[:, None]).mean(axis=1)))
-    return np.concatenate(means)
-
-
 def _check(config: AuditConfig, manifest: Manifest) -> None:
     if (config.out / RESULT_NAME).exists():
         raise InputError(f"--out {config.out}: holds an audit already. Choose another folder.")
@@ -253,42 +166,13 @@ def _judge(
         num_done += len(table)
         on_progress("pictures", num_done, manifest.num_images)
     assert num_done == manifest.num_images, "every row once"
-    judged = _collect(tables)
+    judged = collect(tables)
     if not judged.is_judged.any():
         raise InputError(
             f"{config.corpus}: none of its {manifest.num_images} pictures decodes and has a"
             " caption. Audit another corpus."
         )
     return judged
-
-
-def _collect(tables: Iterable[pa.Table]) -> Judged:
-    table = pa.concat_tables(tables).combine_chunks()
-    image_features, is_decoded = _matrix(table["image_embedding"])
-    text_features, has_words = _matrix(pa.chunked_array(_flat(table["caption_embeddings"])))
-    lengths = np.array([len(own) for own in table["captions"].to_pylist()], dtype=np.int64)
-    row = np.repeat(np.arange(len(table)), lengths)
-    return Judged(
-        image_ids=table["image_id"].to_pylist(),
-        image_features=image_features,
-        is_decoded=is_decoded,
-        captions=[caption for own in table["captions"].to_pylist() for caption in own],
-        text_features=text_features,
-        has_words=has_words,
-        row=row,
-        number=np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
-        log_odds=np.concatenate([part.to_numpy() for part in _flat(table["match_log_odds"])]),
-    )
-
-
-def _flat(column: pa.ChunkedArray) -> list[Any]:
-    return [chunk.flatten() for chunk in column.chunks]
-
-
-def _matrix(column: pa.ChunkedArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Give a column of vectors as rows, zeros for null; and which are not null."""
-    values = np.concatenate([part.fill_null(0).to_numpy() for part in _flat(column)])
-    return values.reshape(-1, column.type.list_size), ~is_null(column)
 
 
 def _worst_first(judged: Judged, scores: Scores) -> NDArray[np.int64]:

@@ -32,8 +32,8 @@ def nearest_captions(
 ) -> NearestCaptions:
     """Find the captions of the highest cosines, those of several pictures once."""
     best: dict[str, float] = {}
-    for text in np.argsort(-cosines, kind="stable").tolist():
-        best.setdefault(captions[text], float(cosines[text]))
+    for text in np.argsort(-cosines, kind="stable"):
+        best.setdefault(captions[int(text)], float(cosines[text]))
         if len(best) == count:
             break
     return NearestCaptions(captions=list(best), similarities=list(best.values()))

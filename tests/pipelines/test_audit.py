@@ -19,8 +19,9 @@ from albef_core.official import from_official
 from albef_core.preprocess import decode_image
 from albef_core.teacher import Teacher
 from albef_core.weights import load_model, official_state
-from pipelines.audit import Judged, audit, disbelief
+from pipelines.audit import audit
 from pipelines.audit_report import Disbelief, audit_table, disbelief_figure
+from pipelines.audit_scores import Judged, disbelief
 from pipelines.audit_words import NearestCaptions, nearest_captions, unlikeliest_word
 from pipelines.config import AuditConfig
 from pipelines.config_file import read_config
