@@ -1,4 +1,4 @@
-"""Metrics of retrieval, grounding and VQA, with chance and bootstrap intervals. Plain numpy."""
+"""Metrics of retrieval, detection, grounding and VQA, with chance and intervals. Plain numpy."""
 
 import re
 from collections.abc import Sequence
@@ -123,6 +123,56 @@ def mean_estimate(
     low, high = np.quantile(drawn @ total / (drawn @ count), [tail, 1 - tail])
     value, chance = float(np.mean(values)), float(np.mean(chances))
     return Estimate(value=value, low=float(low), high=float(high), chance=chance)
+
+
+def auc(scores: Float[np.ndarray, " N"], is_positive: Bool[np.ndarray, " N"]) -> float:
+    """Give the area under the ROC curve: how often a positive row scores above a negative one.
+
+    A tie counts one half. There must be rows of both kinds, and no score may be NaN.
+    """
+    _, place = np.unique(scores, return_inverse=True)
+    return _area(place, is_positive, np.ones(len(scores)))
+
+
+def auc_estimate(
+    scores: Float[np.ndarray, " N"],
+    is_positive: Bool[np.ndarray, " N"],
+    image_of_row: Int[np.ndarray, " N"],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Estimate:
+    """Measure the area under the ROC curve as `auc` does, with an interval.
+
+    That is a bootstrap percentile over pictures: each is drawn with all of its rows. Resamples in
+    which one of the kinds does not occur have no area and are left out.
+    """
+    _, place = np.unique(scores, return_inverse=True)
+    _, image_of_row = np.unique(image_of_row, return_inverse=True)
+    num_images = int(image_of_row.max()) + 1
+    rng = np.random.default_rng(seed)
+    even = np.full(num_images, 1 / num_images)
+    areas = [
+        # One resample at a time: rows may be millions.
+        _area(place, is_positive, rng.multinomial(num_images, even)[image_of_row].astype(float))
+        for _ in range(num_resamples)
+    ]
+    tail = (1 - COVERAGE) / 2
+    low, high = np.nanquantile(areas, [tail, 1 - tail])
+    return Estimate(value=auc(scores, is_positive), low=float(low), high=float(high), chance=0.5)
+
+
+def _area(
+    place: Int[np.ndarray, " N"],
+    is_positive: Bool[np.ndarray, " N"],
+    weights: Float[np.ndarray, " N"],
+) -> float:
+    """Give the area under the ROC curve of rows that count several times or not at all."""
+    positive = np.bincount(place, weights * is_positive)
+    negative = np.bincount(place, weights * ~is_positive)
+    below = np.cumsum(negative) - negative
+    num_pairs = positive.sum() * negative.sum()
+    return float(positive @ (below + negative / 2) / num_pairs) if num_pairs else float("nan")
 
 
 RIGHT_IOU = 0.5

@@ -27,6 +27,8 @@ from tyro.constructors import (
 from albef_core.config import Recipe
 from albef_core.errors import InputError, Preempted
 from pipelines.config import (
+    AuditConfig,
+    EmbedConfig,
     EvaluateConfig,
     EvaluateTaskConfig,
     FinetuneConfig,
@@ -52,6 +54,8 @@ SAVED_AS = {
     IngestConfig: "the config.json beside a corpus's manifest",
     EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     EvaluateTaskConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
+    EmbedConfig: "the config.json of embeddings",
+    AuditConfig: "the config.json of an audit",
     QuickstartConfig: "the config.json of an earlier quickstart",
 }
 """What `--config` reads, by the class that the file holds; a class not here has no such flag."""

@@ -20,8 +20,9 @@ from albef_core.weights import apply_weights, official_state, read_official, rea
 from pipelines.config import TrainConfig
 from pipelines.config_file import write_config
 
+TEACHER_FILE = "teacher.safetensors"
 TEACHER, QUEUES = "teacher.", "queues."
-"""Of names in `teacher.safetensors`: the teacher's weights under official keys, the queues under
+"""Of names in that file: the teacher's weights under official keys, the queues under
 ours, because the official code keeps neither their ids nor what is valid."""
 
 TRAINING_CONFIG = "training.json"
@@ -129,7 +130,7 @@ def write_snapshot(
     moving = official_state(snapshot.teacher, text_layers=text_layers, prefix=TEACHER)
     if snapshot.queues is not None:
         moving |= {QUEUES + name: tensor for name, tensor in snapshot.queues.state_dict().items()}
-    save_file(moving, folder / "teacher.safetensors")
+    save_file(moving, folder / TEACHER_FILE)
     torch.save(snapshot.optimizer, folder / "optimizer.pt")
     write_config(config, folder / TRAINING_CONFIG)
     snapshot.check()
@@ -143,11 +144,8 @@ def restore(folder: Path, state: TrainState) -> None:
     """
     weights = folder / "model.safetensors"
     apply_weights(state.student, read_official(weights), source=str(weights))
-    source = folder / "teacher.safetensors"
-    moving = read_tensors(source)
-    queues = {k.removeprefix(QUEUES): v for k, v in moving.items() if k.startswith(QUEUES)}
-    teacher = from_official({k: v for k, v in moving.items() if not k.startswith(QUEUES)})
-    teacher = {k.removeprefix(TEACHER): v for k, v in teacher.items()}
+    source = folder / TEACHER_FILE
+    teacher, queues = read_moving(source)
     apply_weights(state.teacher, teacher, source=str(source))
     # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -161,6 +159,14 @@ def restore(folder: Path, state: TrainState) -> None:
             f"{folder}: does not fit this training ({reason})."
             " Go on with the config that it was made with: its training.json."
         ) from error
+
+
+def read_moving(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint's teacher by our names, and its queues where it has any."""
+    moving = read_tensors(file)
+    queues = {k.removeprefix(QUEUES): v for k, v in moving.items() if k.startswith(QUEUES)}
+    teacher = from_official({k: v for k, v in moving.items() if not k.startswith(QUEUES)})
+    return {k.removeprefix(TEACHER): v for k, v in teacher.items()}, queues
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -6,6 +6,8 @@ import secrets
 
 import ray
 
+from albef_core.errors import InputError
+
 MIN_LOCAL_CPUS = 2
 """A train worker and a decoding task run at once: with fewer logical CPUs the task never starts."""
 OBJECT_STORE_BYTES = 2_000_000_000
@@ -44,6 +46,18 @@ def connect(num_cpus: int | None = None) -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def pick_device(asked: str) -> str:
+    """Choose `cuda` or `cpu` for models in actors: `auto` takes GPUs where Ray has them.
+
+    Raises:
+        InputError: `cuda` is asked for, and there is none.
+    """
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if asked == "cuda" and not num_gpus:
+        raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
+    return "cuda" if asked != "cpu" and num_gpus else "cpu"
 
 
 def _guard_local_ray() -> None:

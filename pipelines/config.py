@@ -307,6 +307,60 @@ class EvaluateTaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Turn a corpus into embeddings: Parquet files that go on where they were interrupted."""
+
+    model: str
+    """A run's model folder, an official checkpoint, or a registry URI such as
+    `models:/albef-pretrain/1`."""
+    corpus: Path
+    """Corpus, as written by jobs/ingest.py."""
+    out: Path
+    """Folder of the embeddings; one of the same model and corpus is completed."""
+    batch_size: int = 64
+    """Pictures or captions per forward pass."""
+    actors: int = 1
+    """Processes that hold the model; each takes a GPU where the cluster has some, else a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "actors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Rank the captions of a corpus by how little the model believes that they fit."""
+
+    model: str
+    """A run's checkpoint, whose teacher is asked (in a short run it lags behind), a model folder,
+    an official checkpoint, or a registry URI such as `models:/albef-pretrain/1`."""
+    corpus: Path
+    """Corpus of captions, as written by jobs/ingest.py."""
+    out: Path
+    """New folder of the scores, the page of the worst and the cleaned corpus."""
+    drop_worst: float = 0.0
+    """Share of the captions to leave out of a cleaned corpus, the worst ones; 0: write none."""
+    batch_size: int = 64
+    """Pictures, captions or pairs per forward pass."""
+    actors: int = 1
+    """Processes that hold the model; each takes a GPU where the cluster has some, else a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    bootstrap: int = 1000
+    """Resamplings behind the 95 % interval, where the wrong captions are known."""
+    seed: int = 0
+    """Seed of the resampling, and of the sample that similarities are compared with."""
+    experiment: str = "albef-audit"
+    """MLflow experiment, where the model does not come from a run of its own."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "actors", "bootstrap")
+        check_counts(self, "seed", least=0)
+        check_range(self, "drop_worst", high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a model as a checkpoint that the official code reads."""
 

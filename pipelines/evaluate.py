@@ -1,7 +1,6 @@
 """A model on a task, with intervals and the chance level: zero-shot image-text retrieval."""
 
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from albef_core.captions import clean_caption
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate, retrieval_metrics
 from pipelines import tracking
+from pipelines.cluster import pick_device
 from pipelines.config import EvaluateConfig
 from pipelines.config_file import write_config
 from pipelines.judge import Judge, Scores
@@ -100,7 +100,7 @@ def evaluate_retrieval(
     result = RetrievalResult(
         model=config.model,
         corpus=str(config.corpus),
-        corpus_name=_corpus_name(config.corpus),
+        corpus_name=tracking.metric_name(config.corpus.resolve().name),
         corpus_id=manifest.content_id,
         metrics=metrics,
         top_k=config.top_k,
@@ -109,7 +109,7 @@ def evaluate_retrieval(
         undecodable=seen.undecodable,
         without_text=tuple(row.image_id for row in seen.rows if not row.texts),
         num_empty_captions=sum(row.num_empty for row in seen.rows),
-        device=_device(config.device),
+        device=pick_device(config.device),
         seconds=clock.seconds,
         tracking_uri=run.uri,
         run_id=run.run_id,
@@ -162,7 +162,7 @@ def _examine(
     on_progress: OnProgress,
 ) -> _Seen:
     """Start the model's actor, let it see and read the corpus, and take its scores."""
-    device = _device(config.device)
+    device = pick_device(config.device)
     judge: Any = (
         ray.remote(Judge)
         .options(num_cpus=1, num_gpus=int(device == "cuda"), max_concurrency=2)
@@ -190,13 +190,6 @@ def _examine(
         ray.kill(judge)
     undecodable = (row.image_id for row, ok in zip(rows, is_decoded, strict=True) if not ok)
     return _Seen(rows=rows, shown=shown, undecodable=tuple(undecodable), scores=scores)
-
-
-def _device(asked: str) -> str:
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    if asked == "cuda" and not num_gpus:
-        raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
-    return "cuda" if asked != "cpu" and num_gpus else "cpu"
 
 
 def _read_rows(manifest: Manifest, *, max_words: int) -> list[_Row]:
@@ -251,21 +244,16 @@ def _get(reference: Any) -> Any:
         raise
 
 
-def _corpus_name(corpus: Path) -> str:
-    # MLflow allows no other characters in the name of a metric.
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", corpus.resolve().name)
-
-
 def _open_run(
     config: EvaluateConfig, folder: Path, manifest: Manifest
 ) -> tuple[tracking.RunHandle, bool]:
-    """Find the run that trained the model, or open one for this evaluation (True)."""
-    run = tracking.RunHandle.of(folder)
-    if run is not None:
-        return run, False
-    name = f"retrieval-{_corpus_name(config.corpus)}"
-    tags = {"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)}
-    return tracking.open_run(config.experiment, None, run_name=name, params=config, tags=tags), True
+    return tracking.run_of_model(
+        folder,
+        config.experiment,
+        run_name=f"retrieval-{tracking.metric_name(config.corpus.resolve().name)}",
+        params=config,
+        tags={"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)},
+    )
 
 
 def _with_absolute_names(config: EvaluateConfig) -> EvaluateConfig:

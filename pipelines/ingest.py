@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pipelines.manifest import (
     content_id,
     read_columns,
     read_rows,
+    tool_version,
     write_manifest,
     write_shard,
 )
@@ -302,7 +302,7 @@ def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
         rows_per_group=config.rows_per_group,
         sources=dict(sorted(sources.items())),
         settings=settings,
-        tool_version=_tool_version(),
+        tool_version=tool_version(),
         shards=tuple(shards),
         folder=config.out,
     )
@@ -314,13 +314,6 @@ def _setting(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_setting(one) for one in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _tool_version() -> str:
-    try:
-        return version("albef")
-    except PackageNotFoundError:  # a working directory that Ray has copied to a cluster
-        return "not installed"
 
 
 def _stop_if_mostly_bad(config: IngestConfig, bad: list[Bad], listing: Listing) -> None:

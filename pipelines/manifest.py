@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def write_manifest(manifest: Manifest) -> Path:
     return target
 
 
+def tool_version() -> str:
+    """Give the version of this program, for the manifest."""
+    try:
+        return version("albef")
+    except PackageNotFoundError:  # a working directory that Ray has copied to a cluster
+        return "not installed"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a corpus and check that its shards are there.
 
@@ -174,9 +183,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, f"not JSON ({error})") from None
-    version = body.get("version") if isinstance(body, dict) else None
-    if version != VERSION:
-        raise _damaged(path, f"has version {version!r} where this program reads {VERSION}")
+    found = body.get("version") if isinstance(body, dict) else None
+    if found != VERSION:
+        raise _damaged(path, f"has version {found!r} where this program reads {VERSION}")
     try:
         shards = tuple(Shard(**shard) for shard in body.pop("shards"))
         manifest = Manifest(**body, shards=shards, folder=Path(folder))

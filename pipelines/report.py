@@ -115,12 +115,12 @@ def pseudo_targets_figure(words: Sequence[WordTarget], captions: Sequence[Captio
         show_picture(left, word.image)
         note = f"the word was: {word.true_word}"
         paragraph(middle, 0.98, word.masked_caption, note=note, color=INK, width=38, max_lines=7)
-        _bars(right, word.words, word.probabilities, truth=word.true_word, unit="%")
+        bars(right, word.words, word.probabilities, truth=word.true_word, unit="%")
     for target, (left, middle, right) in zip(captions, axes[len(words) :], strict=True):
         show_picture(left, target.image)
         note = "its own caption"
         paragraph(middle, 0.98, target.true_caption, note=note, color=INK, width=38, max_lines=7)
-        _bars(right, target.captions, target.similarities, truth=target.true_caption, unit="")
+        bars(right, target.captions, target.similarities, truth=target.true_caption, unit="")
     findings = [
         _found("word", sum(w.true_word in w.words for w in words), len(words)),
         _found("caption", sum(c.true_caption in c.captions for c in captions), len(captions)),
@@ -247,10 +247,13 @@ def paragraph(
     panel.text(0, top - 0.13, _drawable("\n".join(lines)), fontsize=9, color=INK, **style)
 
 
-def _bars(
+def bars(
     panel: Axes, labels: Sequence[str], values: Sequence[float], *, truth: str, unit: str
 ) -> None:
-    """Draw a bar a candidate, best on top, its label on it; the true one in another color."""
+    """Draw a bar a candidate, best on top, its label on it; the true one in another color.
+
+    Values lie between 0 and 1; unit "%" writes them as percentages, "" as they are.
+    """
     panel.set_axis_on()
     panel.set_xticks([])
     panel.set_yticks([])

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -131,6 +132,21 @@ def open_run(
     for key, value in {"git.commit": git_commit(), **tags}.items():
         client.set_tag(handle.run_id, key, str(value)[:MAX_VALUE_LENGTH])
     return handle
+
+
+def run_of_model(
+    model: Path, experiment: str, *, run_name: str, params: Any, tags: Mapping[str, str]
+) -> tuple[RunHandle, bool]:
+    """Find the run that trained a model, or open one for what is found out about it (True)."""
+    run = RunHandle.of(model)
+    if run is not None:
+        return run, False
+    return open_run(experiment, None, run_name=run_name, params=params, tags=tags), True
+
+
+def metric_name(text: str) -> str:
+    """Replace what MLflow allows in no metric's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
 
 
 class Tracker:

@@ -10,7 +10,14 @@ from recipe_flag import field_docs, parse_recipe
 
 from albef_core.config import Recipe, corrected, format_recipe, paper_2021
 from albef_core.errors import InputError
-from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig, QuickstartConfig
+from pipelines.config import (
+    AuditConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    IngestConfig,
+    PretrainConfig,
+    QuickstartConfig,
+)
 from pipelines.config_file import write_config
 from pipelines.presets import PRETRAIN, base, tiny
 
@@ -31,7 +38,8 @@ def leaves(config_class: type) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "config_class", [IngestConfig, PretrainConfig, EvaluateConfig, QuickstartConfig]
+    "config_class",
+    [IngestConfig, PretrainConfig, EvaluateConfig, EmbedConfig, AuditConfig, QuickstartConfig],
 )
 def test_flat_flags_have_one_owner_each(config_class: type) -> None:
     names = leaves(config_class)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from albef_core.config import ModelConfig, OptimConfig, paper_2021
 from albef_core.errors import InputError
 from pipelines.config import (
+    AuditConfig,
     AugmentConfig,
+    EmbedConfig,
     EvaluateConfig,
     IngestConfig,
     PretrainConfig,
@@ -188,7 +190,8 @@ def attributes_read() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "config_class", [IngestConfig, PretrainConfig, EvaluateConfig, QuickstartConfig]
+    "config_class",
+    [IngestConfig, PretrainConfig, EvaluateConfig, EmbedConfig, AuditConfig, QuickstartConfig],
 )
 def test_every_field_of_a_config_is_read_somewhere(config_class: type) -> None:
     read = attributes_read()
