@@ -28,6 +28,7 @@ from albef_core.config import Recipe
 from albef_core.errors import InputError, Preempted
 from pipelines.config import (
     EvaluateConfig,
+    EvaluateGroundingConfig,
     EvaluateTaskConfig,
     FinetuneConfig,
     IngestConfig,
@@ -52,6 +53,7 @@ SAVED_AS = {
     IngestConfig: "the config.json beside a corpus's manifest",
     EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     EvaluateTaskConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
+    EvaluateGroundingConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     QuickstartConfig: "the config.json of an earlier quickstart",
 }
 """What `--config` reads, by the class that the file holds; a class not here has no such flag."""

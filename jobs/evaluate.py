@@ -2,13 +2,14 @@
 
 from command_line import parse_task, run_job
 
-from pipelines.config import EvaluateConfig, EvaluateTaskConfig
+from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 
 TASKS = {
     "retrieval": ("Image-text retrieval: ITC alone, then ITM over its best k.", EvaluateConfig),
     "entailment": ("Visual entailment: accuracy over three classes.", EvaluateTaskConfig),
     "vqa": ("Visual question answering: from a closed list, or open.", EvaluateTaskConfig),
     "nlvr2": ("True or false of two pictures: accuracy.", EvaluateTaskConfig),
+    "grounding": ("Grounding: pointing, heat in boxes, box choice.", EvaluateGroundingConfig),
 }
 
 
@@ -19,21 +20,13 @@ def main() -> None:
     from rich.console import Console
 
     from pipelines.cluster import connect
-    from pipelines.evaluate import evaluate_retrieval
-    from pipelines.evaluate_task import evaluate_task
-    from pipelines.report import summary_table
-    from pipelines.task_report import task_table
+    from pipelines.evaluations import evaluate
 
     connect()
     with progress_bars() as show:
-        if isinstance(config, EvaluateConfig):
-            result = evaluate_retrieval(config, on_progress=show)
-            table = summary_table(result)
-        else:
-            result = evaluate_task(task, config, on_progress=show)
-            table = task_table(result)
+        result, tables = evaluate(task, config, on_progress=show)
     console = Console()
-    console.print(table)
+    console.print(*tables, sep="\n")
     where = f" and {config.json}" if config.json else ""
     console.print(f"In MLflow run {result.run_id} of {result.tracking_uri}{where}", soft_wrap=True)
     next_command = f"mlflow ui --backend-store-uri {result.tracking_uri}"
