@@ -41,7 +41,7 @@ class ExplainResult:
 
 
 def explain(config: ExplainConfig, *, on_progress: OnProgress = lambda *_: None) -> ExplainResult:
-    """Draw a heat map for each word by Grad-CAM of ITM, as the paper's figures show (section 5).
+    """Draw a heat map for each word by Grad-CAM of ITM, as the paper's figures show.
 
     Raises:
         InputError: picture, text, corpus or model is absent, damaged or empty.

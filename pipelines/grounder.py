@@ -169,7 +169,9 @@ def grounded_blocks(
     items = [
         {
             "start": start,
-            "expressions": json.dumps([asdict(one) for one in expressions[start:][:batch_size]]),
+            "expressions": json.dumps(
+                [asdict(one) for one in expressions[start : start + batch_size]]
+            ),
         }
         for start in range(0, len(expressions), batch_size)
     ]

@@ -78,7 +78,7 @@ def test_cases_show_box_and_chosen_proposal_in_pixels_of_the_picture(name: str) 
     assert drawn(figure) == [f"the dog on the left\n{shares}"] * 4
     boxes = [patch.get_bbox().bounds for patch in figure.axes[0].patches]
     assert set(boxes) == {(1, 2, 10, 20), (5, 6, 7, 8)}
-    assert figure.axes[0].get_images()[1].get_extent() == (0, 40, 30, 0)
+    assert figure.axes[0].get_images()[1].get_extent() == [0, 40, 30, 0]
 
 
 def test_a_photograph_is_shown_small_and_in_its_shape() -> None:
