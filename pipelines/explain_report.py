@@ -68,7 +68,7 @@ class Found:
 def words_figure(rows: Sequence[Explained]) -> Figure:
     """Draw each picture with a panel a word, its heat over the picture, as the paper's figures do.
 
-    Each panel has a scale of its own, from no heat to the word's hottest patch.
+    Each panel has a scale of its own, from the word's coldest patch to its hottest.
     """
     per_row = WORD_COLUMNS - 1  # the first column is the picture's
     lines = [-(-len(row.words) // per_row) or 1 for row in rows]
@@ -243,7 +243,7 @@ def _show_heat(
     """Lay heat over a picture, the hotter the thicker; `extent` is left, right, bottom, top."""
     height, width = image.shape[:2]
     extent = extent or (0, width, height, 0)
-    warm = np.maximum(heat, 0)
+    warm = heat - heat.min()
     warm = warm / (warm.max() or 1)
     panel.imshow(image, extent=extent)
     panel.imshow(
