@@ -15,6 +15,8 @@ from albef_core.errors import InputError
 from pipelines.config import (
     AugmentConfig,
     EvaluateConfig,
+    EvaluateGroundingConfig,
+    ExplainConfig,
     IngestConfig,
     PretrainConfig,
     QuickstartConfig,
@@ -188,7 +190,15 @@ def attributes_read() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "config_class", [IngestConfig, PretrainConfig, EvaluateConfig, QuickstartConfig]
+    "config_class",
+    [
+        IngestConfig,
+        PretrainConfig,
+        EvaluateConfig,
+        EvaluateGroundingConfig,
+        ExplainConfig,
+        QuickstartConfig,
+    ],
 )
 def test_every_field_of_a_config_is_read_somewhere(config_class: type) -> None:
     read = attributes_read()
