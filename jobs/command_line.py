@@ -30,6 +30,7 @@ from pipelines.config import (
     AuditConfig,
     EmbedConfig,
     EvaluateConfig,
+    EvaluateGroundingConfig,
     EvaluateTaskConfig,
     FinetuneConfig,
     IngestConfig,
@@ -56,6 +57,7 @@ SAVED_AS = {
     EvaluateTaskConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     EmbedConfig: "the config.json of embeddings",
     AuditConfig: "the config.json of an audit",
+    EvaluateGroundingConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     QuickstartConfig: "the config.json of an earlier quickstart",
 }
 """What `--config` reads, by the class that the file holds; a class not here has no such flag."""

@@ -2,13 +2,14 @@
 
 from command_line import parse_task, run_job
 
-from pipelines.config import EvaluateConfig, EvaluateTaskConfig
+from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 
 TASKS = {
     "retrieval": ("Image-text retrieval: ITC alone, then ITM over its best k.", EvaluateConfig),
     "entailment": ("Visual entailment: accuracy over three classes.", EvaluateTaskConfig),
     "vqa": ("Visual question answering: from a closed list, or open.", EvaluateTaskConfig),
     "nlvr2": ("True or false of two pictures: accuracy.", EvaluateTaskConfig),
+    "grounding": ("Grounding: pointing, heat in boxes, box choice.", EvaluateGroundingConfig),
 }
 
 
@@ -23,9 +24,9 @@ def main() -> None:
 
     connect()
     with progress_bars() as show:
-        result, table = evaluate(task, config, on_progress=show)
+        result, tables = evaluate(task, config, on_progress=show)
     console = Console()
-    console.print(table)
+    console.print(*tables, sep="\n")
     where = f" and {config.json}" if config.json else ""
     console.print(f"In MLflow run {result.run_id} of {result.tracking_uri}{where}", soft_wrap=True)
     next_command = f"mlflow ui --backend-store-uri {result.tracking_uri}"

@@ -307,6 +307,90 @@ class EvaluateTaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateGroundingConfig:
+    """Evaluate where a model looks for expressions in their pictures, against boxes."""
+
+    model: str
+    """A run's model folder, an official checkpoint, or a registry URI such as
+    `models:/albef-grounding/1`."""
+    corpus: Path
+    """Corpus with `objects` that have box and expression, as written by jobs/ingest.py."""
+    json: Path | None = None
+    """File for the results, with every expression."""
+    by: Literal["itm", "itc"] = "itm"
+    """Attention that is asked: the multimodal encoder's, for the match of picture and text; or the
+    image encoder's, for their similarity."""
+    layer: int | None = None
+    """Layer that is asked, from 0. Default: by ITM the last of the lower half (the paper: the third
+    of six), by ITC the last."""
+    head: int | None = None
+    """Head that is asked, from 0. Default: the mean of all."""
+    sweep: bool = False
+    """Score all layers and heads, and go on with the best. Chosen on this corpus, it flatters."""
+    batch_size: int = 16
+    """Expressions per forward and backward pass. By ITC one takes 64 MB at full size."""
+    actors: int = 1
+    """Processes that hold the model; each takes a GPU where the cluster has some."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    bootstrap: int = 1000
+    """Resamplings behind the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resampling."""
+    experiment: str = "albef-evaluate"
+    """MLflow experiment, where the model does not come from a run of its own."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "actors", "bootstrap")
+        check_counts(self, "layer", "head", "seed", least=0)
+        for name in ("layer", "head"):
+            if self.sweep and getattr(self, name) is not None:
+                raise InputError(
+                    f"--sweep and --{name} {getattr(self, name)} contradict each other:"
+                    " a sweep takes all. Give one of them."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Draw where in a picture a model finds each word of a text."""
+
+    model: str
+    """A run's model folder, an official checkpoint, or a registry URI such as
+    `models:/albef-pretrain/1`."""
+    out: Path
+    """The figure: a `.png`, `.pdf` or `.svg` file."""
+    image: Path | None = None
+    """One picture: JPEG, PNG, WebP or GIF; goes with --text."""
+    text: str = ""
+    """What is looked for in it."""
+    corpus: Path | None = None
+    """Or a corpus, as written by jobs/ingest.py: a page of its first pictures with their first
+    caption."""
+    num: int = 6
+    """Pictures of that page."""
+    layer: int | None = None
+    """Layer of the multimodal encoder, from 0. Default: the last of its lower half (the paper: the
+    third of six)."""
+    head: int | None = None
+    """Head that is asked, from 0. Default: the mean of all."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num")
+        check_counts(self, "layer", "head", least=0)
+        if (self.image is None) == (self.corpus is None):
+            raise InputError(
+                "--image with --text is one picture, --corpus a page of them: give one of the two."
+            )
+        if (self.image is None) != (not self.text):
+            raise InputError("--image and --text go together: a picture, and what to look for.")
+        if self.out.suffix not in (".png", ".pdf", ".svg"):
+            raise InputError(f"--out {self.out}: a figure is a .png, .pdf or .svg file. Rename it.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """Turn a corpus into embeddings: Parquet files that go on where they were interrupted."""
 

@@ -1,20 +1,35 @@
-"""Which evaluation belongs to a task, and which table to its result."""
+"""Every evaluation by the name of its task: what it found, and how a terminal shows it."""
+
+from collections.abc import Callable
 
 from rich.table import Table
 
-from pipelines.config import EvaluateConfig, EvaluateTaskConfig
-from pipelines.evaluate import OnProgress, RetrievalResult, evaluate_retrieval
+from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
+from pipelines.evaluate import RetrievalResult, evaluate_retrieval
+from pipelines.evaluate_grounding import GroundingResult, evaluate_grounding
 from pipelines.evaluate_task import TaskResult, evaluate_task
+from pipelines.explain_report import grounding_table, sweep_table
 from pipelines.report import summary_table
 from pipelines.task_report import task_table
 
 
 def evaluate(
-    task: str, config: EvaluateConfig | EvaluateTaskConfig, *, on_progress: OnProgress
-) -> tuple[RetrievalResult | TaskResult, Table]:
-    """Evaluate a model as the config says; also lay out the result for a terminal."""
+    task: str,
+    config: EvaluateConfig | EvaluateGroundingConfig | EvaluateTaskConfig,
+    *,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[RetrievalResult | GroundingResult | TaskResult, list[Table]]:
+    """Evaluate a model on a task; Ray must be connected.
+
+    Raises:
+        InputError: model or corpus is absent, damaged or of another task.
+    """
     if isinstance(config, EvaluateConfig):
-        result = evaluate_retrieval(config, on_progress=on_progress)
-        return result, summary_table(result)
-    result = evaluate_task(task, config, on_progress=on_progress)
-    return result, task_table(result)
+        retrieved = evaluate_retrieval(config, on_progress=on_progress)
+        return retrieved, [summary_table(retrieved)]
+    if isinstance(config, EvaluateGroundingConfig):
+        grounded = evaluate_grounding(config, on_progress=on_progress)
+        sweep = [sweep_table(grounded)] if grounded.sweep else []
+        return grounded, [*sweep, grounding_table(grounded)]
+    answered = evaluate_task(task, config, on_progress=on_progress)
+    return answered, [task_table(answered)]

@@ -243,8 +243,8 @@ def paragraph(
     """Write a heading, `top` up the panel, and text below it, in lines of `width` letters."""
     lines = textwrap.wrap(text, width, max_lines=max_lines, placeholder=" ...")
     style = {"va": "top", "transform": panel.transAxes, "parse_math": False}
-    panel.text(0, top, _drawable(note), fontsize=8, color=color, fontweight="bold", **style)
-    panel.text(0, top - 0.13, _drawable("\n".join(lines)), fontsize=9, color=INK, **style)
+    panel.text(0, top, drawable(note), fontsize=8, color=color, fontweight="bold", **style)
+    panel.text(0, top - 0.13, drawable("\n".join(lines)), fontsize=9, color=INK, **style)
 
 
 def bars(
@@ -270,7 +270,7 @@ def bars(
         panel.text(
             0.01,
             place,
-            f"{shown}   {_drawable(text)}",
+            f"{shown}   {drawable(text)}",
             va="center",
             fontsize=8,
             color=INK,
@@ -302,7 +302,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """Replace what the font cannot draw by a square; matplotlib would warn at each."""
     return "".join(c if c == "\n" or ord(c) in _glyphs() else MISSING_GLYPH for c in text)
 

@@ -329,7 +329,14 @@ def test_a_job_refuses_with_one_line_and_exit_code_2(command: str, line: str) ->
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain.py --help", "pretrain.py tiny --help", "evaluate.py retrieval -h"]
+    "command",
+    [
+        "pretrain.py --help",
+        "pretrain.py tiny --help",
+        "evaluate.py retrieval -h",
+        "evaluate.py grounding -h",
+        "explain.py --help",
+    ],
 )
 def test_help_answers_without_the_heavy_libraries(command: str) -> None:
     job, *flags = command.split()

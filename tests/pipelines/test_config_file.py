@@ -17,6 +17,8 @@ from pipelines.config import (
     AugmentConfig,
     EmbedConfig,
     EvaluateConfig,
+    EvaluateGroundingConfig,
+    ExplainConfig,
     IngestConfig,
     PretrainConfig,
     QuickstartConfig,
@@ -191,7 +193,16 @@ def attributes_read() -> set[str]:
 
 @pytest.mark.parametrize(
     "config_class",
-    [IngestConfig, PretrainConfig, EvaluateConfig, EmbedConfig, AuditConfig, QuickstartConfig],
+    [
+        IngestConfig,
+        PretrainConfig,
+        EvaluateConfig,
+        EvaluateGroundingConfig,
+        ExplainConfig,
+        EmbedConfig,
+        AuditConfig,
+        QuickstartConfig,
+    ],
 )
 def test_every_field_of_a_config_is_read_somewhere(config_class: type) -> None:
     read = attributes_read()
