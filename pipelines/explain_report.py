@@ -25,12 +25,12 @@ WORD_COLUMNS, CASE_COLUMNS = 7, 3
 PANEL_INCHES = 1.6
 MAX_SIDE = 400
 """Pixels of a picture's longer side in a figure."""
-PALEST, STRONGEST = 0.15, 0.75
+PALEST, STRONGEST = 0.5, 0.7
 """How much the coldest and the hottest patch cover of the picture."""
 METRIC_NAMES = {
     "pointing_game": "pointing game",
     "energy_in_box": "heat in the box",
-    "box_accuracy": "chosen box, IoU 0.5",
+    "box_accuracy": "box choice at IoU 0.5",
 }
 
 
@@ -135,7 +135,7 @@ def grounding_figure(result: "GroundingResult") -> Figure:
     panel.set_xlabel("share with 95 % interval; gray: chance", fontsize=8)
     found = result.metrics[result.headline]
     panel.set_title(
-        f"{result.lens}: {METRIC_NAMES[result.headline]} {percent(found.value)},"
+        f"{result.lens}; {METRIC_NAMES[result.headline]}: {percent(found.value)},"
         f" chance {percent(found.chance)}",
         fontsize=10,
     )
@@ -162,7 +162,7 @@ def sweep_figure(result: "GroundingResult") -> Figure:
     panel.set_xlabel("head", fontsize=8)
     panel.set_ylabel("layer", fontsize=8)
     name = METRIC_NAMES[result.headline]
-    panel.set_title(f"{result.lens} is best: {name} {percent(scores.max())}", fontsize=10)
+    panel.set_title(f"Best is {result.lens}; {name}: {percent(scores.max())}", fontsize=10)
     return figure
 
 
