@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
@@ -21,10 +20,11 @@ from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import Answering
 from albef_core.tasks.vqa_answers import check_answers
 from pipelines import tracking
+from pipelines.cluster import pick_device
 from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
 from pipelines.examples import collect_examples, open_examples, write_examples
-from pipelines.manifest import Manifest, read_manifest
+from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
 from pipelines.predictor import predicted_blocks
@@ -123,7 +123,14 @@ def evaluate_task(
         for name in sorted({name for both in names for name in both})
         if (mask := is_shown & np.array([name in both for both in names])).any()
     }
-    run, is_new = _open_run(task, config, folder, manifest)
+    name = tracking.metric_name(config.corpus.resolve().name)
+    run, is_new = tracking.run_of_model(
+        folder,
+        config.experiment,
+        run_name=f"{task}-{name}",
+        params=config,
+        tags={"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)},
+    )
     corpus = open_corpus(config.corpus.absolute())
     truths = _truths(loaded.task, table)
     result = TaskResult(
@@ -197,9 +204,6 @@ def _predict(
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     """Predict all examples, checked to come whole and in order."""
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    if config.device == "cuda" and not num_gpus:
-        raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
     blocks = predicted_blocks(
         corpus=config.corpus.absolute(),
         examples=examples,
@@ -208,7 +212,7 @@ def _predict(
         has_two_pictures=loaded.task == "nlvr2",
         batch_size=config.batch_size,
         actors=config.actors,
-        on_gpu=config.device != "cpu" and num_gpus > 0,
+        on_gpu=pick_device(config.device) == "cuda",
         answering=Answering(
             top_k=config.top_k, is_open=config.answers == "open", num_beams=config.num_beams
         ),
@@ -262,17 +266,6 @@ def _slices_of(kind: str, text: str) -> tuple[str, ...]:
     return (f"{length} text", *([kind] if kind else []))
 
 
-def _open_run(
-    task: str, config: EvaluateTaskConfig, folder: Path, manifest: Manifest
-) -> tuple[tracking.RunHandle, bool]:
-    run = tracking.RunHandle.of(folder)
-    if run is not None:
-        return run, False
-    name = f"{task}-{config.corpus.resolve().name}"
-    tags = {"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)}
-    return tracking.open_run(config.experiment, None, run_name=name, params=config, tags=tags), True
-
-
 def _log(
     result: TaskResult,
     config: EvaluateTaskConfig,
@@ -281,7 +274,7 @@ def _log(
     is_new: bool,
     row_of: dict[str, int],
 ) -> None:
-    folder = f"eval/{config.corpus.resolve().name}"
+    folder = f"eval/{tracking.metric_name(config.corpus.resolve().name)}"
     found = result.accuracy
     points = {
         f"{folder}/accuracy": found.value,
