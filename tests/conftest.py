@@ -53,6 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that train through Ray first: they last longest, and two processes share the work.
+
+    Of the rest there are many short ones, so that both processes end together.
+    """
+    training = {item.path for item in items if item.get_closest_marker("cluster")}
+    items.sort(key=lambda item: item.path not in training)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Start one Ray with two CPUs for all tests of the session; stop it at the end."""

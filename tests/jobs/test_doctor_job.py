@@ -1,12 +1,13 @@
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import doctor
 import pytest
 
-from tests.conftest import SmallCorpus
+from pipelines.doctor import Diagnosis
+from pipelines.doctor_finding import Finding, Verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,20 +24,30 @@ def run_job(*args: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.cluster
-def test_a_failure_is_a_table_a_file_and_code_1_with_what_to_do(
-    joined_ray: None, small_corpus: SmallCorpus, tmp_path: Path
+@pytest.mark.parametrize(("verdict", "code"), [("warn", 0), ("fail", 1)])
+def test_findings_are_a_table_and_only_a_failure_is_code_1(
+    verdict: Verdict,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = ["--corpus", str(small_corpus.folder), "--storage", str(tmp_path / "runs")]
-    done = run_job("tiny", *flags, "--vocab-size", "50", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert done.returncode == 1, done.stderr
-    saved = json.loads((tmp_path / "runs" / "doctor.json").read_text())
-    for finding in saved["findings"]:
-        assert finding["check"] in done.stdout
-    assert "Not checked against the test sets" in " ".join(done.stdout.split())
-    assert "--vocab-size 50" in done.stdout
-    assert "MLFLOW_TRACKING_URI" in done.stdout
+    findings = [
+        Finding(check="corpus", verdict="pass", measured="203 pictures"),
+        Finding(check="tokenizer", verdict=verdict, measured="50 words", remedy="Give [more]."),
+    ]
+    diagnosis = Diagnosis(findings=findings, seconds=3.0, report=tmp_path / "doctor.json")
+    monkeypatch.setattr("pipelines.doctor.examine", lambda config, on_check: diagnosis)
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "tiny", "--corpus", str(tmp_path)])
+    found = 0
+    try:
+        doctor.main()
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    said = capsys.readouterr().out
+    for word in ("corpus", "203 pictures", "tokenizer", verdict, "Give [more].", "doctor.json"):
+        assert word in said
 
 
 def test_a_corpus_that_is_not_there_is_refused_with_one_line_and_code_2(tmp_path: Path) -> None:
