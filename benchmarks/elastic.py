@@ -4,6 +4,7 @@ Two nodes of one machine, each a Ray of its own; one is killed, and later replac
 minutes on two cores, most of them Ray's own waits.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def run(options: Options, folder: Path, story: Story) -> None:
     # So much that a node holds one worker, and one task of the feed beside it.
     flags += ("--workers", "2", "--min-workers", "1", "--worker-cpus", "1.2", "--feed-cpus", "0.4")
     training = Training(root=folder / "training", corpus=corpus, steps=10**6, flags=flags)
+    # Ray lowers its workers' priority, and these share their cores with everything else here.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
