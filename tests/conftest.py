@@ -68,6 +68,7 @@ def local_ray() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # never one that somebody else has started on this machine
         num_cpus=CPUS,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
