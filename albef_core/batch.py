@@ -1,7 +1,6 @@
 """What one training step receives, and how pixels become numbers."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -10,45 +9,34 @@ from torch import Tensor
 from albef_core.preprocess import MEAN, STD
 
 
-@runtime_checkable
-class Share(Protocol):
-    """One worker's share of a global batch, whatever the task."""
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """B rows of a global batch, one worker's share of it; all tensors on one device."""
 
-    @property
-    def images(self) -> Tensor:
-        """Give the pictures, a row of them for each row of the share."""
-        ...
+    images: Float[Tensor, "B *P 3 R R"]
+    """Normalized pictures, one a row, or several where a task looks at more."""
+    num_global: int | None = None
+    """Rows of the global batch, of which this is one worker's share; None: this is all of it."""
 
     @property
     def total(self) -> int:
         """Count the rows of the global batch."""
-        ...
+        return self.num_global or len(self)
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalBatch:
-    """B image-caption pairs, augmented and tokenized; all tensors on one device."""
+class RetrievalBatch(Share):
+    """Image-caption pairs, augmented and tokenized."""
 
-    images: Float[Tensor, "B 3 R R"]
-    """Normalized pictures."""
     token_ids: Int[Tensor, "B L"]
     """Captions, padded with id 0 where the mask is False."""
     attention_mask: Bool[Tensor, "B L"]
     """True on every token that is not padding."""
     image_ids: Int[Tensor, " B"]
     """Identity of each photograph: equal numbers are the same picture."""
-    num_global: int | None = None
-    """Pairs in the global batch, of which this is one worker's share; None: this is all of it."""
-
-    @property
-    def total(self) -> int:
-        """Count the pairs of the global batch."""
-        return self.num_global or len(self)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)

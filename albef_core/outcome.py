@@ -48,16 +48,29 @@ class Mlm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingStep:
+class RetrievalStep:
     """The losses of one batch, and all that tests, curves and pictures want to know of it."""
 
     itc: Itc
     itm: Itm
-    mlm: Mlm
     image_features: Float[Tensor, "B D"]
     text_features: Float[Tensor, "B D"]
     teacher_image_features: Float[Tensor, "B D"]
+    """For the queue, as the texts' and the ids are."""
     teacher_text_features: Float[Tensor, "B D"]
+    image_ids: Int[Tensor, " B"]
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """ITC + ITM."""
+        return self.itc.loss + self.itm.loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingStep(RetrievalStep):
+    """The same with MLM."""
+
+    mlm: Mlm
 
     @property
     def loss(self) -> Float[Tensor, ""]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from albef_core.batch import PairBatch, RetrievalBatch, Share
 from albef_core.chunks import in_chunks
@@ -33,7 +33,7 @@ from albef_core.objectives.itm import (
     negative_weights,
 )
 from albef_core.objectives.mlm import mlm_loss
-from albef_core.outcome import Itc, Itm, Mlm, PretrainingStep
+from albef_core.outcome import Itc, Itm, Mlm, PretrainingStep, RetrievalStep
 from albef_core.precision import full_precision
 from albef_core.teacher import Teacher
 
@@ -85,6 +85,19 @@ def pretraining_step(
         text_features=views.text_features,
         teacher_image_features=views.teacher_image_features,
         teacher_text_features=views.teacher_text_features,
+        image_ids=batch.image_ids,
+    )
+
+
+def push_step(queues: Queues, step: RetrievalStep, *, num_pairs: int) -> None:
+    """Put a step's teacher features of all workers, `num_pairs` rows, into the queues.
+
+    A collective: every worker calls it, once a step, after the losses.
+    """
+    queues.push(
+        gather_rows(step.teacher_image_features, num_pairs=num_pairs),
+        gather_rows(step.teacher_text_features, num_pairs=num_pairs),
+        gather_rows(step.image_ids, num_pairs=num_pairs),
     )
 
 
@@ -293,15 +306,3 @@ def fill_in(
         guard_empty=recipe.guard_empty,
     )
     return Mlm(losses=losses, logits=logits, teacher_logits=teacher_logits)
-
-
-class PretrainingModel(nn.Module):
-    """The student behind one `forward`, which is what DistributedDataParallel averages."""
-
-    def __init__(self, student: ALBEF) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, *args: Any, **kwargs: Any) -> PretrainingStep:
-        """Run `pretraining_step` on the student."""
-        return pretraining_step(self.student, *args, **kwargs)

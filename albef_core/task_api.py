@@ -54,7 +54,7 @@ class FineTuned:
         return self._predict("vqa", [images], questions, answering or Answering())
 
     def entail(self, images: Sequence[Picture], texts: Sequence[str]) -> Float32[np.ndarray, "B 3"]:
-        """Give the probabilities of `tasks.entailment.LABELS`: does the text follow?"""
+        """Give the probabilities of `tasks.labels.ENTAILMENT_LABELS`: does the text follow?"""
         return self._predict("entailment", [images], texts).probabilities
 
     def verify(

@@ -170,6 +170,12 @@ def read_folder_config(
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
+def task_of_folder(folder: Path) -> str:
+    """Name the task that a model folder of ours is fine-tuned for; "" where it has ITC and ITM."""
+    *_, more = read_folder_config(folder)
+    return more.get("task", "")
+
+
 def official_state(model: nn.Module, *, text_layers: int, prefix: str = "") -> dict[str, Tensor]:
     """Give a student's or teacher's weights their official names, each tensor once and on the CPU.
 
@@ -328,7 +334,7 @@ def load_image_weights(model: ALBEF, source: str) -> WeightsReport:
     The paper starts from DeiT's ImageNet-1k weights (section 3.1). `random` keeps the random start.
     """
     if source == "random":
-        return _random_start(model.image_encoder)
+        return random_start(model.image_encoder)
     path = _local_weights(source)
     state = read_tensors(path) if path else _timm_weights(source)
     return apply_weights(
@@ -353,7 +359,7 @@ def load_text_weights(model: ALBEF, source: str) -> WeightsReport:
         }
     )
     if source == "random":
-        return _random_start(of_bert)
+        return random_start(of_bert)
     path = _local_weights(source) or _hub_file(source)
     text_layers = len(model.text_encoder.layers)
     state = {}
@@ -375,7 +381,8 @@ def load_text_weights(model: ALBEF, source: str) -> WeightsReport:
     )
 
 
-def _random_start(module: nn.Module) -> WeightsReport:
+def random_start(module: nn.Module) -> WeightsReport:
+    """Report that a module keeps the random weights it was built with, as was asked for."""
     names = tuple(name for name, _ in module.named_parameters())
     return WeightsReport(source="random start, as asked for", matched=0, missing=names)
 

@@ -22,7 +22,7 @@ import tyro
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
-from albef_core.pretraining import pretraining_step
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from benchmarks.step import machine_name, random_batch
@@ -207,7 +207,7 @@ def _stepper(
         state.optimizer.zero_grad()
         outcome.loss.backward()
         state.optimizer.step()
-        queues.push(outcome.teacher_image_features, outcome.teacher_text_features, batch.image_ids)
+        push_step(queues, outcome, num_pairs=len(batch))
         outcome.loss.item()  # waits for the device
 
     return step

@@ -22,7 +22,7 @@ from albef_core.feature_queue import Queues
 from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
-from albef_core.pretraining import pretraining_step
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from pipelines.presets import PRETRAIN
 
@@ -72,7 +72,7 @@ def measure(options: Options) -> dict[str, object]:
         optimizer.zero_grad()
         outcome.loss.backward()
         optimizer.step()
-        queues.push(outcome.teacher_image_features, outcome.teacher_text_features, batch.image_ids)
+        push_step(queues, outcome, num_pairs=len(batch))
         loss = outcome.loss.item()  # also waits for the device
         if number >= options.warmup:
             seconds.append(time.perf_counter() - started)

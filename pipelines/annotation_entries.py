@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from albef_core.tasks.labels import ENTAILMENT_LABELS
 from pipelines.annotations import read_box
 from pipelines.records import (
     EMPTY_TEXT,
@@ -27,7 +28,6 @@ KNOWN_ENTRIES = (
     " and label; image and text (RefCOCO+); Flickr30K_ID, sentence2 and gold_label (SNLI-VE);"
     " identifier, sentence and label (NLVR2)"
 )
-ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
 NO_GOLD = "-"
 """SNLI's label where the annotators did not agree."""
 TRUTH = {"True": True, "False": False, "true": True, "false": False}

@@ -16,6 +16,9 @@ from albef_core.config import (
 )
 from albef_core.errors import InputError
 
+TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
+"""What a pre-trained model can be fine-tuned for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
@@ -215,7 +218,7 @@ class PretrainConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """Fine-tune a pre-trained model for a task; the presets are the published recipes."""
 
-    task: Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
+    task: TaskName
     """What is learned; the command's first word."""
     from_scratch: bool = False
     """Take sizes and tokenizer of --init, but random weights: a measure of what pre-training is
@@ -231,8 +234,9 @@ class FinetuneConfig(TrainConfig):
     """Tokens of a text that are kept, [CLS] and [SEP] included."""
     num_slots: int = 65536
     """Slots of each feature queue (retrieval and grounding)."""
-    num_answers: int = 3128
-    """Most frequent answers of the corpus that a VQA model chooses among; it learns from all."""
+    num_answers: int = 3192
+    """Most frequent answers of the corpus that a VQA model chooses among, 3,192 in the paper; it
+    learns from all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,93 +246,18 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Evaluate a model on a task."""
+class EvaluationConfig:
+    """What every evaluation of a model on a corpus has."""
 
     model: str
     """A run's model folder, an official checkpoint, or a registry URI such as
     `models:/albef-pretrain/1`."""
     corpus: Path
-    """Corpus of held-out pictures, as written by jobs/ingest.py."""
+    """Corpus of held-out pictures, as written by jobs/ingest.py, with what the task asks."""
     json: Path | None = None
     """File for the results."""
-    top_k: int = 128
-    """Candidates per query that ITM re-ranks. The paper: 128 on Flickr30k, 256 on COCO."""
     batch_size: int = 64
-    """Pairs per forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
-    bootstrap: int = 1000
-    """Resamplings behind the 95 % intervals."""
-    seed: int = 0
-    """Seed of the resampling."""
-    experiment: str = "albef-evaluate"
-    """MLflow experiment, where the model does not come from a run of its own."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "top_k", "batch_size", "bootstrap")
-        check_counts(self, "seed", least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateTaskConfig:
-    """Evaluate a fine-tuned model on examples with known answers."""
-
-    model: str
-    """A fine-tuned run's model folder, or a registry URI such as `models:/albef-vqa/1`."""
-    corpus: Path
-    """Corpus of held-out pictures with annotations, as written by jobs/ingest.py."""
-    json: Path | None = None
-    """File for the results, with every prediction."""
-    batch_size: int = 64
-    """Examples per forward pass."""
-    actors: int = 1
-    """Processes that hold the model; each takes a GPU where the cluster has some."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
-    answers: Literal["closed", "open"] = "closed"
-    """Questions: choose from the model's list of answers, or write freely."""
-    answer_list: Path | None = None
-    """Questions: a JSON list of answers to choose from. Default: the model's own."""
-    top_k: int = 128
-    """Questions: answers of the list that are read in full. The paper: 128."""
-    num_beams: int = 1
-    """Questions: beginnings kept while writing freely; 1 is greedy."""
-    bootstrap: int = 1000
-    """Resamplings behind the 95 % intervals."""
-    seed: int = 0
-    """Seed of the resampling."""
-    experiment: str = "albef-evaluate"
-    """MLflow experiment, where the model does not come from a run of its own."""
-
-    def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "actors", "top_k", "num_beams", "bootstrap")
-        check_counts(self, "seed", least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateGroundingConfig:
-    """Evaluate where a model looks for expressions in their pictures, against boxes."""
-
-    model: str
-    """A run's model folder, an official checkpoint, or a registry URI such as
-    `models:/albef-grounding/1`."""
-    corpus: Path
-    """Corpus with `objects` that have box and expression, as written by jobs/ingest.py."""
-    json: Path | None = None
-    """File for the results, with every expression."""
-    by: Literal["itm", "itc"] = "itm"
-    """Attention that is asked: the multimodal encoder's, for the match of picture and text; or the
-    image encoder's, for their similarity."""
-    layer: int | None = None
-    """Layer that is asked, from 0. Default: by ITM the last of the lower half (the paper: the third
-    of six), by ITC the last."""
-    head: int | None = None
-    """Head that is asked, from 0. Default: the mean of all."""
-    sweep: bool = False
-    """Score all layers and heads, and go on with the best. Chosen on this corpus, it flatters."""
-    batch_size: int = 16
-    """Expressions per forward and backward pass. By ITC one takes 64 MB at full size."""
+    """Pairs or examples per forward pass."""
     actors: int = 1
     """Processes that hold the model; each takes a GPU where the cluster has some."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -342,7 +271,59 @@ class EvaluateGroundingConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "batch_size", "actors", "bootstrap")
-        check_counts(self, "layer", "head", "seed", least=0)
+        check_counts(self, "seed", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EvaluationConfig):
+    """Evaluate a model on retrieval."""
+
+    top_k: int = 128
+    """Candidates per query that ITM re-ranks. The paper: 128 on Flickr30k, 256 on COCO."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "top_k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTaskConfig(EvaluationConfig):
+    """Evaluate a fine-tuned model on examples with known answers."""
+
+    answers: Literal["closed", "open"] = "closed"
+    """Questions: choose from the model's list of answers, or write freely."""
+    answer_list: Path | None = None
+    """Questions: a JSON list of answers to choose from. Default: the model's own."""
+    top_k: int = 128
+    """Questions: answers of the list that are read in full. The paper: 128."""
+    num_beams: int = 1
+    """Questions: beginnings kept while writing freely; 1 is greedy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "top_k", "num_beams")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateGroundingConfig(EvaluationConfig):
+    """Evaluate where a model looks for expressions in their pictures, against boxes."""
+
+    batch_size: int = 16
+    """Expressions per forward and backward pass. By ITC one takes 64 MB at full size."""
+    by: Literal["itm", "itc"] = "itm"
+    """Attention that is asked: the multimodal encoder's, for the match of picture and text; or the
+    image encoder's, for their similarity."""
+    layer: int | None = None
+    """Layer that is asked, from 0. Default: by ITM the last of the lower half (the paper: the third
+    of six), by ITC the last."""
+    head: int | None = None
+    """Head that is asked, from 0. Default: the mean of all."""
+    sweep: bool = False
+    """Score all layers and heads, and go on with the best. Chosen on this corpus, it flatters."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "layer", "head", least=0)
         for name in ("layer", "head"):
             if self.sweep and getattr(self, name) is not None:
                 raise InputError(

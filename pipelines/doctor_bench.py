@@ -15,7 +15,7 @@ from albef_core.feature_queue import Queues
 from albef_core.masking import NOT_SCORED
 from albef_core.optim import adamw
 from albef_core.outcome import PretrainingStep
-from albef_core.pretraining import pretraining_step
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from albef_core.weights import load_model
 from pipelines.config import PretrainConfig
@@ -245,9 +245,7 @@ class Bench:
         clip_norm = self.config.optim.clip_norm or math.inf
         nn.utils.clip_grad_norm_(self.student.parameters(), clip_norm).item()
         self.optimizer.step()
-        self.queues.push(
-            outcome.teacher_image_features, outcome.teacher_text_features, batch.image_ids
-        )
+        push_step(self.queues, outcome, num_pairs=len(batch))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from albef_core.batch import normalize
 from albef_core.distributed import StepModel, data_parallel
 from albef_core.official import from_official
-from albef_core.tasks.entailment import LABELS as ENTAILMENT_LABELS
 from albef_core.tasks.entailment import EntailmentBatch, entailment_step
 from albef_core.tasks.folder import LoadedTask, load_task, save_task
-from albef_core.tasks.nlvr2 import LABELS as NLVR2_LABELS
+from albef_core.tasks.labels import LABELS
 from albef_core.tasks.nlvr2 import Nlvr2Batch, nlvr2_step
 from albef_core.tasks.predict import MAX_ANSWER_TOKENS
 from albef_core.tasks.vqa import VqaBatch, vqa_step
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 EXAMPLES_FILE = "examples.arrow"
 """In the folder that a training starts from: what it learns."""
 TEACHER_FILE = "teacher.safetensors"
-LABELS = {"entailment": ENTAILMENT_LABELS, "nlvr2": NLVR2_LABELS}
-"""Classes by their numbers."""
 STEPS: dict[str, Callable[..., Any]] = {
     "entailment": entailment_step,
     "vqa": vqa_step,
@@ -77,12 +74,11 @@ class ExampleTask:
                 num_global=config.batch_size,
             ),
             alpha=alpha,
-            recipe=config.recipe,
             seed=seed,
             micro_batch_size=config.micro_batch_size,
         )
 
-    def accept(self, batch: ExampleBatch, outcome: Any) -> None:
+    def accept(self, outcome: Any) -> None:
         """There are no queues to fill."""
 
     def curves(self, outcome: Any) -> dict[str, Tensor]:

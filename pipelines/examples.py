@@ -4,14 +4,13 @@ A question, a statement about one picture or about two. The table of all example
 in the order of the corpus's rows; every task of the feed maps it into memory. Imports no torch.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +20,13 @@ from albef_core.captions import clean_caption, clean_question
 from albef_core.config import TextConfig
 from albef_core.errors import InputError
 from albef_core.preprocess import UndecodableImage, augment, decode_image
+from albef_core.tasks.labels import LABELS
 from albef_core.tokenizer import Tokenizer
-from pipelines.config import AugmentConfig
+from pipelines.config import AugmentConfig, TaskName
 from pipelines.manifest import Manifest, read_columns
 from pipelines.order import Stream, epoch_slice, generator, steps_per_epoch
 from pipelines.pairs import MAX_STAND_INS, image_key, open_corpus
 
-TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
-LABELS = {
-    "entailment": ("contradiction", "neutral", "entailment"),
-    "nlvr2": ("false", "true"),
-}
-"""Classes of a task by their names."""
 PLACES = {
     "retrieval": ("captions", ""),
     "grounding": ("objects", "expression"),
@@ -61,8 +55,6 @@ class Collected:
     """The examples that a corpus has for a task, and what of its annotations cannot be used."""
 
     table: pa.Table
-    digest: str
-    """SHA-256 of all examples: two corpora with the same pictures may ask other questions."""
     bad: dict[str, int] = field(default_factory=dict)
     """By class, how many annotations were left out."""
 
@@ -92,11 +84,7 @@ def collect_examples(manifest: Manifest, task: TaskName) -> Collected:
             f"{manifest.folder}: none of its {row} pictures has annotations for {task}"
             f"{_said(bad)}. Ingest a data set of that task."
         )
-    found = pa.table(columns, schema=SCHEMA)
-    digest = hashlib.sha256()
-    for batch in found.to_batches():
-        digest.update(json.dumps(batch.to_pylist()).encode())
-    return Collected(table=found, digest=digest.hexdigest(), bad=dict(bad))
+    return Collected(table=pa.table(columns, schema=SCHEMA), bad=dict(bad))
 
 
 def _said(bad: Counter[str]) -> str:

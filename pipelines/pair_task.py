@@ -8,10 +8,12 @@ from torch import Tensor
 
 from albef_core.batch import RetrievalBatch, normalize
 from albef_core.config import ObjectiveConfig
-from albef_core.distributed import StepModel, data_parallel, gather_rows
+from albef_core.distributed import StepModel, data_parallel
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
-from albef_core.tasks.retrieval import RetrievalStep, retrieval_step
+from albef_core.outcome import RetrievalStep
+from albef_core.pretraining import push_step
+from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from albef_core.weights import load_model, save_model
 from pipelines.config import FinetuneConfig
@@ -86,15 +88,9 @@ class PairTask:
             micro_batch_size=config.micro_batch_size,
         )
 
-    def accept(self, batch: ExampleBatch, outcome: RetrievalStep) -> None:
+    def accept(self, outcome: RetrievalStep) -> None:
         """Push the teacher's features of the global batch into the queues."""
-        num_pairs = self._config.batch_size
-        image_ids = torch.tensor(batch.image_keys, device=self._device)
-        self.queues.push(
-            gather_rows(outcome.teacher_image_features, num_pairs=num_pairs),
-            gather_rows(outcome.teacher_text_features, num_pairs=num_pairs),
-            gather_rows(image_ids, num_pairs=num_pairs),
-        )
+        push_step(self.queues, outcome, num_pairs=self._config.batch_size)
 
     def curves(self, outcome: RetrievalStep) -> dict[str, Tensor]:
         """Give the two losses, and how often matching is right."""

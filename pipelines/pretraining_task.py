@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from albef_core.distributed import data_parallel, gather_rows, own_share
+from albef_core.distributed import StepModel, data_parallel, own_share
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.outcome import PretrainingStep
-from albef_core.pretraining import PretrainingModel
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, save_model
@@ -37,7 +37,7 @@ class PretrainingTask:
         queues = Queues(config.model, config.objective, config.recipe, seed=config.seed)
         self.queues = queues.to(device)
         self.spec = feed_spec(config, start)
-        self._model = data_parallel(PretrainingModel(self.student))
+        self._model = data_parallel(StepModel(self.student, pretraining_step))
 
     def longest(self, batch: FeedBatch) -> int:
         """Count the tokens of the longest caption."""
@@ -67,15 +67,9 @@ class PretrainingTask:
             micro_batch_size=config.micro_batch_size,
         )
 
-    def accept(self, batch: FeedBatch, outcome: PretrainingStep) -> None:
+    def accept(self, outcome: PretrainingStep) -> None:
         """Push the teacher's features of the global batch into the queues."""
-        num_pairs = self._config.batch_size
-        image_ids = torch.tensor(batch.image_keys, device=self._device)
-        self.queues.push(
-            gather_rows(outcome.teacher_image_features, num_pairs=num_pairs),
-            gather_rows(outcome.teacher_text_features, num_pairs=num_pairs),
-            gather_rows(image_ids, num_pairs=num_pairs),
-        )
+        push_step(self.queues, outcome, num_pairs=self._config.batch_size)
 
     def curves(self, outcome: PretrainingStep) -> dict[str, Tensor]:
         """Give the three losses, and how hard the negatives are."""

@@ -83,7 +83,7 @@ class Task(Protocol):
         """Move the teacher, and give an `Outcome`; `longest` is that of the global batch."""
         ...
 
-    def accept(self, batch: Any, outcome: Any) -> None:
+    def accept(self, outcome: Any) -> None:
         """Do what only a step that is taken does; a batch that is not finite has none."""
         ...
 

@@ -7,17 +7,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from albef_core.config import ModelConfig, Recipe
+from albef_core.batch import Share
+from albef_core.config import ModelConfig
 from albef_core.image_encoder import ImageEncoder
 from albef_core.precision import full_precision
 from albef_core.pretraining import Place
 from albef_core.tasks.classification import ClassificationStep, distilled_step, two_layer_head
+from albef_core.tasks.labels import ENTAILMENT_LABELS
 from albef_core.teacher import frozen_copy
 from albef_core.text_encoder import MultimodalEncoder, TextEncoder
 from albef_core.weights import WeightsReport, apply_weights
-
-LABELS = ("contradiction", "neutral", "entailment")
-"""The classes by number, as the published data code for SNLI-VE counts them."""
 
 OF_PRETRAINING = (
     "image_projection.",
@@ -30,27 +29,15 @@ OF_PRETRAINING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntailmentBatch:
-    """B images with a text each, and what the text is to the image; all on one device."""
+class EntailmentBatch(Share):
+    """Images with a text each, and what the text is to the image."""
 
-    images: Float[Tensor, "B 3 R R"]
-    """Normalized pictures."""
     token_ids: Int[Tensor, "B L"]
     """Texts, padded with id 0 where the mask is False."""
     attention_mask: Bool[Tensor, "B L"]
     """True on every token that is not padding."""
     labels: Int[Tensor, " B"]
-    """Places in `LABELS`."""
-    num_global: int | None = None
-    """Rows of the global batch, of which this is one worker's share; None: this is all of it."""
-
-    @property
-    def total(self) -> int:
-        """Count the rows of the global batch."""
-        return self.num_global or len(self)
-
-    def __len__(self) -> int:
-        return len(self.images)
+    """Places in `ENTAILMENT_LABELS`."""
 
 
 class EntailmentModel(nn.Module):
@@ -61,7 +48,7 @@ class EntailmentModel(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.multimodal_encoder = MultimodalEncoder(config)
-        self.classifier = two_layer_head(config.text_width, num_classes=len(LABELS))
+        self.classifier = two_layer_head(config.text_width, num_classes=len(ENTAILMENT_LABELS))
 
     def forward(
         self,
@@ -70,7 +57,7 @@ class EntailmentModel(nn.Module):
         attention_mask: Bool[Tensor, "B L"],
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B 3"]:
-        """Give a logit for each of `LABELS`; `keys` fix each row's dropout."""
+        """Give a logit for each of `ENTAILMENT_LABELS`; `keys` fix each row's dropout."""
         text_tokens = self.text_encoder(token_ids, attention_mask, keys)
         image_tokens = self.image_encoder(images)
         fused = self.multimodal_encoder(text_tokens, attention_mask, image_tokens, keys)
@@ -112,7 +99,6 @@ def entailment_step(
     batch: EntailmentBatch,
     *,
     alpha: float,
-    recipe: Recipe,  # as in every task; no flaw is known in this one
     seed: int = 0,
     micro_batch_size: int | None = None,
 ) -> ClassificationStep:
@@ -126,7 +112,6 @@ def entailment_step(
         teacher: its moving average.
         batch: rows of this worker.
         alpha: weight of the teacher's soft targets now; 0 is training without distillation.
-        recipe: which flaws of the published code are mended.
         seed: of this step's dropout.
         micro_batch_size: rows whose activations are held at once; the gradient stays the same.
     """
@@ -142,5 +127,5 @@ def entail(
     token_ids: Int[Tensor, "B L"],
     attention_mask: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B 3"]:
-    """Give the probability of each of `LABELS`; the model is in eval mode."""
+    """Give the probability of each of `ENTAILMENT_LABELS`; the model is in eval mode."""
     return full_precision(model(images, token_ids, attention_mask)).softmax(dim=1)

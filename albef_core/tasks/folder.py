@@ -18,6 +18,7 @@ from albef_core.tokenizer import Tokenizer
 from albef_core.weights import (
     WeightsReport,
     apply_weights,
+    random_start,
     read_folder_config,
     read_official,
     write_folder,
@@ -69,9 +70,7 @@ def start_task(
     """
     if pretrained is None:
         student = MODELS[task](config)
-        names = tuple(name for name, _ in student.named_parameters())
-        report = WeightsReport(source="random start, as asked for", matched=0, missing=names)
-        return student, frozen_copy(student), report
+        return student, frozen_copy(student), random_start(student)
     if task == "entailment":
         student = EntailmentModel(config)
         return student, *start_entailment(student, pretrained, source=source)

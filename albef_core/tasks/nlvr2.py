@@ -7,18 +7,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from albef_core.batch import Share
 from albef_core.config import ModelConfig, Recipe
 from albef_core.image_encoder import ImageEncoder
 from albef_core.pair_encoder import PairEncoder, in_pairs
 from albef_core.precision import full_precision
 from albef_core.pretraining import Place
 from albef_core.tasks.classification import ClassificationStep, distilled_step, two_layer_head
+from albef_core.tasks.labels import NLVR2_LABELS
 from albef_core.teacher import frozen_copy
 from albef_core.text_encoder import TextEncoder
 from albef_core.weights import WeightsReport, apply_weights
-
-LABELS = ("false", "true")
-"""The classes by number, as the published data code counts them."""
 
 OF_PRETRAINING = (
     "image_projection.",
@@ -33,27 +32,15 @@ OF_PRETRAINING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nlvr2Batch:
-    """B sentences, each about two images; all tensors on one device."""
+class Nlvr2Batch(Share):
+    """Sentences, each about two images: `images` is (B, 2, 3, R, R), the first and the second."""
 
-    images: Float[Tensor, "B 2 3 R R"]
-    """Normalized pictures: the first and the second of each row."""
     token_ids: Int[Tensor, "B L"]
     """Sentences, padded with id 0 where the mask is False."""
     attention_mask: Bool[Tensor, "B L"]
     """True on every token that is not padding."""
     labels: Int[Tensor, " B"]
-    """1 where the sentence is true of its images, else 0."""
-    num_global: int | None = None
-    """Rows of the global batch, of which this is one worker's share; None: this is all of it."""
-
-    @property
-    def total(self) -> int:
-        """Count the rows of the global batch."""
-        return self.num_global or len(self)
-
-    def __len__(self) -> int:
-        return len(self.images)
+    """Places in `NLVR2_LABELS`."""
 
 
 class Nlvr2Model(nn.Module):
@@ -64,7 +51,7 @@ class Nlvr2Model(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.multimodal_encoder = PairEncoder(config)
-        self.classifier = two_layer_head(config.text_width, num_classes=len(LABELS))
+        self.classifier = two_layer_head(config.text_width, num_classes=len(NLVR2_LABELS))
 
     def forward(
         self,
@@ -73,7 +60,7 @@ class Nlvr2Model(nn.Module):
         attention_mask: Bool[Tensor, "B L"],
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B 2"]:
-        """Give a logit for each of `LABELS`; `keys` fix each row's dropout."""
+        """Give a logit for each of `NLVR2_LABELS`; `keys` fix each row's dropout."""
         fused = self.fuse(images, token_ids, attention_mask, keys)
         return self.classifier(fused[:, 0])
 
@@ -127,7 +114,6 @@ def nlvr2_step(
     batch: Nlvr2Batch,
     *,
     alpha: float,
-    recipe: Recipe,  # as in every task; of this one it mends `start_nlvr2`
     seed: int = 0,
     micro_batch_size: int | None = None,
 ) -> ClassificationStep:
@@ -141,7 +127,6 @@ def nlvr2_step(
         teacher: its moving average.
         batch: rows of this worker.
         alpha: weight of the teacher's soft targets now; 0 is training without distillation.
-        recipe: which flaws of the published code are mended.
         seed: of this step's dropout.
         micro_batch_size: rows whose activations are held at once; the gradient stays the same.
     """

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from albef_core.batch import normalize
 from albef_core.captions import clean_caption, clean_question
-from albef_core.tasks.entailment import LABELS as ENTAILMENT_LABELS
 from albef_core.tasks.entailment import EntailmentModel, entail
 from albef_core.tasks.folder import LoadedTask
-from albef_core.tasks.nlvr2 import LABELS as NLVR2_LABELS
+from albef_core.tasks.labels import ENTAILMENT_LABELS, NLVR2_LABELS
 from albef_core.tasks.nlvr2 import Nlvr2Model, verify
 from albef_core.tasks.vqa import VqaModel
 from albef_core.tasks.vqa_answers import generate_answers, rank_answers

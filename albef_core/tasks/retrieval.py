@@ -15,29 +15,11 @@ from albef_core.config import Recipe
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.objectives.itm import draw_hard_negatives
-from albef_core.outcome import Itc, Itm
+from albef_core.outcome import RetrievalStep
 from albef_core.pretraining import Place, Sampler, contrast, encode, match
 from albef_core.teacher import Teacher
 
 OnPairs = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalStep:
-    """The losses of one batch, and all that tests, curves and pictures want to know of it."""
-
-    itc: Itc
-    itm: Itm
-    image_features: Float[Tensor, "B D"]
-    text_features: Float[Tensor, "B D"]
-    teacher_image_features: Float[Tensor, "B D"]
-    """For the queue, as the texts' are."""
-    teacher_text_features: Float[Tensor, "B D"]
-
-    @property
-    def loss(self) -> Float[Tensor, ""]:
-        """ITC + ITM."""
-        return self.itc.loss + self.itm.loss
 
 
 def retrieval_step(
@@ -85,6 +67,7 @@ def retrieval_step(
         text_features=views.text_features,
         teacher_image_features=views.teacher_image_features,
         teacher_text_features=views.teacher_text_features,
+        image_ids=batch.image_ids,
     )
 
 

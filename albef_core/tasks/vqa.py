@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from albef_core.answer_decoder import AnswerDecoder
-from albef_core.config import ModelConfig, Recipe
+from albef_core.batch import Share
+from albef_core.config import ModelConfig
 from albef_core.distributed import world_size
 from albef_core.image_encoder import ImageEncoder
 from albef_core.keyed import Stream, row_keys
@@ -121,11 +122,9 @@ def start_from_pretraining(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaBatch:
-    """B questions about images, and their A answers in the questions' order; all on one device."""
+class VqaBatch(Share):
+    """B questions about images, and their A answers in the questions' order."""
 
-    images: Float[Tensor, "B 3 R R"]
-    """Normalized pictures, one a question."""
     question_ids: Int[Tensor, "B L"]
     """Questions, padded with id 0 where the mask is False."""
     question_mask: Bool[Tensor, "B L"]
@@ -138,16 +137,6 @@ class VqaBatch:
     """Share of the question's annotators who gave this answer, 0 to 1."""
     num_answers: Int[Tensor, " B"]
     """Answers of each question: the first `num_answers[0]` rows are the first question's."""
-    num_global: int | None = None
-    """Questions in the global batch, of which this is one worker's share; None: this is all."""
-
-    @property
-    def total(self) -> int:
-        """Count the questions of the global batch."""
-        return self.num_global or len(self)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +159,6 @@ def vqa_step(
     batch: VqaBatch,
     *,
     alpha: float,
-    recipe: Recipe,
     seed: int = 0,
     micro_batch_size: int | None = None,
 ) -> VqaStep:
@@ -186,7 +174,6 @@ def vqa_step(
         teacher: its moving average.
         batch: questions of this worker, each with an answer at least.
         alpha: weight of the teacher's soft targets now.
-        recipe: as every task's step takes it; nothing published of this one needs mending.
         seed: of this step's dropout, which depends on it and the question's place alone.
         micro_batch_size: questions, then answers, whose activations are held at once; the gradient
             stays the same.

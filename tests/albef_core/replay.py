@@ -12,13 +12,13 @@ from torch import Tensor
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, paper_2021
-from albef_core.distributed import gather_rows, world_size
+from albef_core.distributed import StepModel, world_size
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.official import from_official
 from albef_core.optim import adamw
 from albef_core.outcome import PretrainingStep
-from albef_core.pretraining import PretrainingModel
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from albef_core.weights import apply_weights
 
@@ -123,20 +123,14 @@ def step(
     replay.optimizer.zero_grad()
     outcome.loss.backward()
     replay.optimizer.step()
-    image_ids = torch.arange(len(recorded["image"]))
-    total = len(image_ids) * world_size()
-    replay.queues.push(
-        gather_rows(outcome.teacher_image_features, num_pairs=total),
-        gather_rows(outcome.teacher_text_features, num_pairs=total),
-        gather_rows(image_ids, num_pairs=total),
-    )
+    push_step(replay.queues, outcome, num_pairs=len(recorded["image"]) * world_size())
     return outcome
 
 
 def trajectory(folder: Path, dtype: torch.dtype) -> Iterator[tuple[int, Replay, PretrainingStep]]:
     """Walk through all recorded steps; after each, look at the replay as it then is."""
     replay = begin(folder, dtype)
-    model = PretrainingModel(replay.student)
+    model = StepModel(replay.student, pretraining_step)
     for number, alpha in enumerate(replay.config["alphas"]):
         recorded = load_file(folder / f"step_{number}" / "tensors.safetensors")
         yield number, replay, step(replay, model, recorded, alpha=alpha)

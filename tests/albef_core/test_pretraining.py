@@ -12,11 +12,12 @@ from torch import Tensor
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, Recipe, corrected, paper_2021
+from albef_core.distributed import StepModel
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF, MAX_TEMPERATURE, MIN_TEMPERATURE
 from albef_core.objectives.itm import draw_hard_negatives
 from albef_core.outcome import PretrainingStep
-from albef_core.pretraining import PretrainingModel, Sampler, pretraining_step
+from albef_core.pretraining import Sampler, pretraining_step
 from albef_core.teacher import Teacher
 from tests.albef_core import literal
 
@@ -412,6 +413,6 @@ def test_the_wrapped_model_takes_the_same_step(
         "recipe": recipe,
         "draw": lambda _weights, _numbers: next(answers),
     }
-    wrapped = PretrainingModel(tiny_model)(tiny_teacher, queues, pairs, **arguments)
+    wrapped = StepModel(tiny_model, pretraining_step)(tiny_teacher, queues, pairs, **arguments)
     plain = pretraining_step(tiny_model, tiny_teacher, queues, pairs, **arguments)
     assert torch.equal(wrapped.loss, plain.loss)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from albef_core.distributed import StepModel
 from albef_core.official import our_name
-from albef_core.pretraining import PretrainingModel
+from albef_core.pretraining import pretraining_step
 from tests.albef_core.replay import (
     begin,
     forward,
@@ -176,7 +177,7 @@ def test_weights_after_one_float32_step_agree_but_for_rounding_noise() -> None:
 def test_each_loss_alone_has_the_recorded_gradient_norms(loss: str) -> None:
     replay = begin(PRETRAIN, torch.float64)
     recorded = load_file(PRETRAIN / "step_0" / "tensors.safetensors")
-    model = PretrainingModel(replay.student)
+    model = StepModel(replay.student, pretraining_step)
     outcome = forward(replay, model, recorded, alpha=replay.config["alphas"][0])
     quantities(replay, outcome)[loss].backward()
     norms = recorded_scalars(0, torch.float32)["grad_norm_by_loss"][loss]
@@ -189,7 +190,7 @@ def test_the_temperature_is_clamped_as_recorded() -> None:
     for case in read_json(PRETRAIN / "temp_clamp.json"):
         replay = begin(PRETRAIN, torch.float32)
         torch.nn.init.constant_(replay.student.temperature, case["temp_before"])
-        model = PretrainingModel(replay.student)
+        model = StepModel(replay.student, pretraining_step)
         outcome = forward(replay, model, recorded, alpha=replay.config["alphas"][0])
         outcome.itc.loss.backward()
         assert replay.student.temperature.item() == pytest.approx(case["temp_after"], rel=1e-6)
@@ -233,7 +234,7 @@ def _rank(rank: int, world_size: int, num_steps: int, out: Path) -> None:
     )
     folder = GOLDEN / "pretrain_2ranks"
     replay = begin(PRETRAIN, torch.float32)
-    model = DistributedDataParallel(PretrainingModel(replay.student))
+    model = DistributedDataParallel(StepModel(replay.student, pretraining_step))
     for number in range(num_steps):
         recorded = load_file(folder / f"step_{number}" / "tensors.safetensors")
         alpha = read_json(folder / f"step_{number}" / "scalars.json")["alpha"]

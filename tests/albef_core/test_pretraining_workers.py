@@ -11,11 +11,17 @@ from torch.multiprocessing.spawn import start_processes
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, corrected
-from albef_core.distributed import data_parallel, gather_rows, mean_over_workers, own_share
+from albef_core.distributed import (
+    StepModel,
+    data_parallel,
+    gather_rows,
+    mean_over_workers,
+    own_share,
+)
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
-from albef_core.pretraining import PretrainingModel
+from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from pipelines.presets import tiny
 
@@ -60,7 +66,7 @@ def train(num_steps: int, *, micro_batch_size: int | None) -> dict[str, Any]:
     teacher = Teacher(SIZES, student).eval()
     queues = Queues(SIZES, OBJECTIVE, corrected())
     optimizer = adamw(student, OptimConfig(lr=1e-4), decay_weights_only=True)
-    model = data_parallel(PretrainingModel(student))
+    model = data_parallel(StepModel(student, pretraining_step))
     own = own_share(BATCH)
     found: dict[str, Any] = {"losses": []}
     for step in range(num_steps):
@@ -86,11 +92,7 @@ def train(num_steps: int, *, micro_batch_size: int | None) -> dict[str, Any]:
         optimizer.step()
         parts = [outcome.itc.loss, outcome.itm.loss, outcome.mlm.losses.total]
         found["losses"].append(mean_over_workers(torch.stack(parts)))
-        queues.push(
-            gather_rows(outcome.teacher_image_features, num_pairs=BATCH),
-            gather_rows(outcome.teacher_text_features, num_pairs=BATCH),
-            gather_rows(rows["image_ids"], num_pairs=BATCH),
-        )
+        push_step(queues, outcome, num_pairs=BATCH)
     found["losses"] = torch.stack(found["losses"])
     found["queue"] = queues.image.features
     found["queue ids"] = queues.image.image_ids

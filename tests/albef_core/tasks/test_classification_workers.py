@@ -58,7 +58,7 @@ def run(task: str, *, micro_batch_size: int | None) -> dict[str, Any]:
     own = own_share(BATCH)
     share = {name: value[own.start : own.stop] for name, value in rows().items()}
     texts = {name: share[name] for name in ("token_ids", "attention_mask")}
-    options: dict[str, Any] = {"recipe": corrected(), "micro_batch_size": micro_batch_size}
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size}
     torch.manual_seed(0)
     if task == "assignment":
         student, step = AssignmentModel(SIZES), assignment_step
@@ -81,8 +81,7 @@ def run(task: str, *, micro_batch_size: int | None) -> dict[str, Any]:
         images, labels = share["images"], share["labels"]
         batch = Nlvr2Batch(**texts, images=images, labels=labels, num_global=BATCH)
         arguments = [frozen_copy(student), batch]
-    if task != "assignment":
-        options["alpha"] = 0.4
+    options |= {"recipe": corrected()} if task == "assignment" else {"alpha": 0.4}
     model = data_parallel(Step(step, student))  # keeps its hooks alive through the backward pass
     outcome = model(*arguments, seed=7, **options)
     outcome.loss.backward()

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from albef_core.batch import PairBatch
-from albef_core.config import ModelConfig, paper_2021
+from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
 from albef_core.official import from_official
 from albef_core.tasks.entailment import (
-    LABELS,
     EntailmentBatch,
     EntailmentModel,
     entail,
     entailment_step,
     start_entailment,
 )
+from albef_core.tasks.labels import ENTAILMENT_LABELS
 from albef_core.teacher import Teacher, follow, frozen_copy
 from albef_core.weights import apply_weights
 from tests.albef_core.replay import named, read_json
@@ -70,7 +70,6 @@ def test_a_step_agrees_with_the_official_one(dtype: torch.dtype) -> None:
         teacher,
         batch_of(recorded, dtype),
         alpha=scalars["alpha"],
-        recipe=paper_2021(),
     )
     step.loss.backward()
     loss = scalars["loss_float64" if dtype == torch.float64 else "loss"]
@@ -91,7 +90,7 @@ def test_a_step_agrees_with_the_official_one(dtype: torch.dtype) -> None:
 def test_without_distillation_the_loss_agrees(dtype: torch.dtype, variant: str) -> None:
     recording, student, teacher = replay(dtype)
     batch = batch_of(recording.tensors, dtype)
-    step = entailment_step(student, teacher, batch, alpha=0.0, recipe=paper_2021())
+    step = entailment_step(student, teacher, batch, alpha=0.0)
     assert step.loss.item() == pytest.approx(recording.scalars[variant], rel=1e-5)
 
 
@@ -198,7 +197,7 @@ def entailment_batch(pairs: PairBatch) -> EntailmentBatch:
         images=pairs.images,
         token_ids=pairs.token_ids,
         attention_mask=pairs.attention_mask,
-        labels=torch.arange(len(pairs)) % len(LABELS),
+        labels=torch.arange(len(pairs)) % len(ENTAILMENT_LABELS),
     )
 
 
@@ -221,7 +220,7 @@ def test_a_batch_of_one_is_trained_on(
 ) -> None:
     student = randomize(EntailmentModel(tiny_config))
     batch = entailment_batch(make_pairs([3]))
-    step = entailment_step(student, frozen_copy(student), batch, alpha=0.4, recipe=paper_2021())
+    step = entailment_step(student, frozen_copy(student), batch, alpha=0.4)
     step.loss.backward()
     assert step.loss.isfinite()
     assert all(parameter.grad is not None for parameter in student.parameters())
@@ -234,7 +233,7 @@ def test_dropout_depends_on_seed_and_place_and_not_on_the_micro_batch(
     teacher, batch = frozen_copy(student), entailment_batch(pairs)
 
     def logits(**options: int) -> Tensor:
-        step = entailment_step(student, teacher, batch, alpha=0.4, recipe=paper_2021(), **options)
+        step = entailment_step(student, teacher, batch, alpha=0.4, **options)
         assert (step.logits - step.teacher_logits).abs().max() > 1e-3  # masks of their own
         return step.logits
 

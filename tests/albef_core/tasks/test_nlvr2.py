@@ -62,7 +62,7 @@ def test_a_step_agrees_with_the_official_one(dtype: torch.dtype) -> None:
     recorded, scalars = recording.tensors, recording.scalars
     batch = batch_of(recorded, dtype)
     follow(teacher, student, momentum=recording.config["momentum"])
-    step = nlvr2_step(student, teacher, batch, alpha=scalars["alpha"], recipe=paper_2021())
+    step = nlvr2_step(student, teacher, batch, alpha=scalars["alpha"])
     step.loss.backward()
     loss = scalars["loss_float64" if dtype == torch.float64 else "loss"]
     assert step.loss.item() == pytest.approx(loss, rel=LIMITS[dtype])
@@ -83,7 +83,7 @@ def test_a_step_agrees_with_the_official_one(dtype: torch.dtype) -> None:
 def test_without_distillation_the_loss_agrees(dtype: torch.dtype, variant: str) -> None:
     recording, student, teacher = replay(dtype)
     batch = batch_of(recording.tensors, dtype)
-    step = nlvr2_step(student, teacher, batch, alpha=0.0, recipe=paper_2021())
+    step = nlvr2_step(student, teacher, batch, alpha=0.0)
     assert step.loss.item() == pytest.approx(recording.scalars[variant], rel=1e-5)
 
 
@@ -223,8 +223,7 @@ def test_dropout_depends_on_seed_and_place_and_not_on_the_micro_batch(
     teacher = frozen_copy(student)
 
     def logits(**options: int) -> Tensor:
-        recipe = paper_2021()
-        return nlvr2_step(student, teacher, batch, alpha=0.4, recipe=recipe, **options).logits
+        return nlvr2_step(student, teacher, batch, alpha=0.4, **options).logits
 
     torch.testing.assert_close(logits(seed=1), logits(seed=1, micro_batch_size=3))
     assert (logits(seed=1) - logits(seed=2)).abs().max() > 1e-3
@@ -235,6 +234,6 @@ def test_every_weight_of_the_student_learns_and_none_of_the_teacher(
 ) -> None:
     student = randomize(Nlvr2Model(tiny_config))
     teacher = frozen_copy(student)
-    nlvr2_step(student, teacher, batch, alpha=0.4, recipe=corrected()).loss.backward()
+    nlvr2_step(student, teacher, batch, alpha=0.4).loss.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -15,7 +15,8 @@ from albef_core.config import ObjectiveConfig, paper_2021
 from albef_core.feature_queue import NO_IMAGE, Queues
 from albef_core.model import ALBEF
 from albef_core.official import our_name
-from albef_core.tasks.retrieval import RetrievalStep, retrieval_step
+from albef_core.outcome import RetrievalStep
+from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from albef_core.weights import apply_weights, read_official
 from tests.albef_core.replay import named, read_json, sizes_of

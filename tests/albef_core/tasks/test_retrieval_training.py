@@ -20,8 +20,9 @@ from albef_core.config import ModelConfig, ObjectiveConfig, Recipe, corrected, p
 from albef_core.distributed import mean_over_workers, own_share
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
+from albef_core.outcome import RetrievalStep
 from albef_core.pretraining import pretraining_step
-from albef_core.tasks.retrieval import RetrievalStep, retrieval_step
+from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from tests.albef_core import literal
 

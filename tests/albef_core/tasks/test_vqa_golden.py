@@ -91,7 +91,7 @@ def replay(
     student, teacher = models(dtype)
     follow(teacher, student, momentum=config()["momentum"])
     batch = batch_of(recorded, dtype)
-    step = vqa_step(student, teacher, batch, alpha=alpha, recipe=paper_2021())
+    step = vqa_step(student, teacher, batch, alpha=alpha)
     step.loss.backward()
     return student, teacher, step
 

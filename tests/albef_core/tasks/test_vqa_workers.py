@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from albef_core.config import ModelConfig, corrected
+from albef_core.config import ModelConfig
 from albef_core.distributed import mean_over_workers, own_share
 from albef_core.tasks.vqa import VqaBatch, vqa_step
 from pipelines.presets import tiny
@@ -46,7 +46,7 @@ def step() -> dict[str, Any]:
     batch = make_questions(SIZES, NUM_ANSWERS)
     batch = replace(batch, images=batch.images.double(), weights=batch.weights.double())
     own = share_of(batch, own_share(len(NUM_ANSWERS)))
-    outcome = vqa_step(student, teacher, own, alpha=0.4, recipe=corrected(), seed=3)
+    outcome = vqa_step(student, teacher, own, alpha=0.4, seed=3)
     outcome.loss.backward()
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
     found |= {"loss": outcome.loss.detach()}
