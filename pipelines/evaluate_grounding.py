@@ -1,7 +1,6 @@
 """Weakly supervised grounding: does a model's heat lie where an expression's box is?"""
 
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
 
 from albef_core.errors import InputError
 from albef_core.metrics import RIGHT_IOU, Estimate, box_overlap, mean_estimate
@@ -20,6 +17,7 @@ from albef_core.preprocess import decode_image, resize_square
 from albef_core.weights import LoadedModel, load_model
 from pipelines import tracking
 from pipelines.annotations import Box
+from pipelines.cluster import pick_device
 from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import write_config
 from pipelines.evaluate_task import MEDIUM, SHORT
@@ -32,7 +30,7 @@ from pipelines.grounder import (
     grounded_blocks,
     heat_maps,
 )
-from pipelines.manifest import Manifest, read_manifest
+from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model, is_model_uri
 from pipelines.pairs import open_corpus
 
@@ -143,7 +141,14 @@ def evaluate_grounding(
     names = [
         _slices_of(one, share) for one, share in zip(expressions, blocks["box_share"], strict=True)
     ]
-    run, is_new = _open_run(config, folder, manifest)
+    name = tracking.metric_name(config.corpus.resolve().name)
+    run, is_new = tracking.run_of_model(
+        folder,
+        config.experiment,
+        run_name=f"grounding-{name}",
+        params=config,
+        tags={"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)},
+    )
     result = GroundingResult(
         model=config.model,
         corpus=str(config.corpus),
@@ -244,27 +249,19 @@ def _ground(
     on_progress: OnProgress,
 ) -> Block:
     """Look for all expressions, checked to come whole and in order; one array a column."""
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    if config.device == "cuda" and not num_gpus:
-        raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
     blocks: list[Block] = []
-    try:
-        for block in grounded_blocks(
-            expressions,
-            corpus=config.corpus.absolute(),
-            model=folder,
-            image_size=loaded.model_config.image_size,
-            lenses=lenses,
-            batch_size=config.batch_size,
-            actors=config.actors,
-            on_gpu=config.device != "cpu" and num_gpus > 0,
-        ):
-            blocks.append(block)
-            on_progress("expressions", int(block["number"][-1]) + 1, len(expressions))
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
+    for block in grounded_blocks(
+        expressions,
+        corpus=config.corpus.absolute(),
+        model=folder,
+        image_size=loaded.model_config.image_size,
+        lenses=lenses,
+        batch_size=config.batch_size,
+        actors=config.actors,
+        on_gpu=pick_device(config.device) == "cuda",
+    ):
+        blocks.append(block)
+        on_progress("expressions", int(block["number"][-1]) + 1, len(expressions))
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     numbers = columns.pop("number").tolist()
     assert numbers == list(range(len(expressions))), "every expression once, in order"
@@ -329,17 +326,6 @@ def _cases(
     }
 
 
-def _open_run(
-    config: EvaluateGroundingConfig, folder: Path, manifest: Manifest
-) -> tuple[tracking.RunHandle, bool]:
-    run = tracking.RunHandle.of(folder)
-    if run is not None:
-        return run, False
-    name = f"grounding-{config.corpus.resolve().name}"
-    tags = {"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)}
-    return tracking.open_run(config.experiment, None, run_name=name, params=config, tags=tags), True
-
-
 def _log(
     result: GroundingResult,
     config: EvaluateGroundingConfig,
@@ -348,8 +334,7 @@ def _log(
     is_new: bool,
     cases: Mapping[str, Sequence[Found]],
 ) -> None:
-    # MLflow allows no other characters in the name of a metric.
-    folder = f"eval/{re.sub(r'[^A-Za-z0-9_.-]', '_', config.corpus.resolve().name)}"
+    folder = f"eval/{tracking.metric_name(config.corpus.resolve().name)}"
     points: dict[str, float] = {}
     for name, estimate in result.metrics.items():
         points[f"{folder}/{name}"] = estimate.value

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
 
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate, mean_estimate, vqa_accuracies
@@ -23,7 +23,7 @@ from pipelines import tracking
 from pipelines.cluster import pick_device
 from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
-from pipelines.examples import collect_examples, open_examples, write_examples
+from pipelines.examples import collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
@@ -95,11 +95,8 @@ def evaluate_task(
     loaded = _load(folder, task, config)
     answers = _answer_list(config, loaded)
     collected = collect_examples(manifest, loaded.task)
-    with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
-        examples = Path(scratch) / "examples.arrow"
-        write_examples(collected, examples)
-        rows = _predict(config, loaded, folder, examples, answers, on_progress)
     table = collected.table
+    rows = _predict(config, loaded, folder, table, answers, on_progress)
     is_shown = np.array([row["is_shown"] for row in rows])
     answered = [str(row["answer"]) for row in rows]
     scores, majority, blind = _score(loaded.task, table, answered)
@@ -199,14 +196,14 @@ def _predict(
     config: EvaluateTaskConfig,
     loaded: LoadedTask,
     folder: Path,
-    examples: Path,
+    examples: pa.Table,
     answers: tuple[str, ...],
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     """Predict all examples, checked to come whole and in order."""
     blocks = predicted_blocks(
+        examples,
         corpus=config.corpus.absolute(),
-        examples=examples,
         model=folder,
         image_size=loaded.model_config.image_size,
         has_two_pictures=loaded.task == "nlvr2",
@@ -218,18 +215,14 @@ def _predict(
         ),
         answers=answers,
     )
-    total, rows = len(open_examples(examples)), []
-    try:
-        for block in blocks:
-            columns = {name: block[name].tolist() for name in block}
-            values = zip(*columns.values(), strict=True)
-            rows += [dict(zip(columns, row, strict=True)) for row in values]
-            on_progress("examples", len(rows), total)
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
-    assert [row["number"] for row in rows] == list(range(total)), "every example once, in order"
+    rows = []
+    for block in blocks:
+        columns = {name: block[name].tolist() for name in block}
+        values = zip(*columns.values(), strict=True)
+        rows += [dict(zip(columns, row, strict=True)) for row in values]
+        on_progress("examples", len(rows), len(examples))
+    numbers = [row["number"] for row in rows]
+    assert numbers == list(range(len(examples))), "every example once, in order"
     return rows
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import ray.data
 import torch
 from jaxtyping import Float32, UInt8
-from numpy.typing import NDArray
 
 from albef_core.batch import normalize
 from albef_core.captions import clean_caption
@@ -33,13 +32,9 @@ from albef_core.tasks.grounding import enlarge, itc_looks, itc_maps, itm_looks, 
 from albef_core.weights import LoadedModel, load_model
 from pipelines.expressions import Expression
 from pipelines.pairs import open_corpus
+from pipelines.pictures import DECODE_CPUS, Block, hold_order
 
-DECODE_CPUS = 0.5
-BLOCKS_IN_STORE = 6
-"""Blocks of pictures that may wait or be made at once in the object store."""
 NO_CHOICE = -1
-
-Block = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +185,7 @@ def grounded_blocks(
         num_gpus=1 if on_gpu else 0,
         fn_constructor_kwargs={"model": model, "on_gpu": on_gpu, "lenses": tuple(lenses)},
     )
-    context = dataset.context
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=BLOCKS_IN_STORE * batch_size * 3 * image_size**2
-    )
-    context.target_max_block_size = None  # or a large block would be cut in two
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    hold_order(dataset, block_bytes=batch_size * 3 * image_size**2)
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy")
     return iter(blocks)
 

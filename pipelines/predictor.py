@@ -1,12 +1,14 @@
 """A fine-tuned model before the examples of a corpus: Ray tasks show them, actors answer."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import torch
 from numpy.typing import NDArray
@@ -14,20 +16,14 @@ from numpy.typing import NDArray
 from albef_core.preprocess import UndecodableImage, decode_image, resize_square
 from albef_core.tasks.folder import load_task
 from albef_core.tasks.predict import Answering, predict
-from pipelines.examples import open_examples
 from pipelines.pairs import open_corpus
-
-DECODE_CPUS = 0.5
-BLOCKS_IN_STORE = 6
-"""Blocks of pictures that may wait or be made at once in the object store."""
-
-Block = dict[str, NDArray[Any]]
+from pipelines.pictures import DECODE_CPUS, Block, hold_order
 
 
 def predicted_blocks(
+    examples: pa.Table,
     *,
     corpus: Path,
-    examples: Path,
     model: Path,
     image_size: int,
     has_two_pictures: bool,
@@ -37,15 +33,15 @@ def predicted_blocks(
     answering: Answering,
     answers: tuple[str, ...],
 ) -> Iterator[Block]:
-    """Predict every example of a file in its order; nothing is dropped.
+    """Predict every example (`examples.SCHEMA`) in its order; nothing is dropped.
 
     A block has `number`, `answer`, `probability` of it, and `is_shown`: False where a picture does
     not decode.
     """
-    total = len(open_examples(examples))
+    asked = examples.select(["row", "left", "text"])
     items = [
-        {"start": start, "stop": min(start + batch_size, total)}
-        for start in range(0, total, batch_size)
+        {"start": start, "examples": json.dumps(asked.slice(start, batch_size).to_pylist())}
+        for start in range(0, len(asked), batch_size)
     ]
     show: Any = _show  # Ray's own type of it lists every format of a batch
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -54,7 +50,6 @@ def predicted_blocks(
         num_cpus=DECODE_CPUS,
         fn_kwargs={
             "corpus": corpus,
-            "examples": examples,
             "image_size": image_size,
             "has_two_pictures": has_two_pictures,
         },
@@ -72,36 +67,26 @@ def predicted_blocks(
             "answers": answers,
         },
     )
-    context = dataset.context
-    context.execution_options.preserve_order = True
     pictures = 2 if has_two_pictures else 1
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=BLOCKS_IN_STORE * batch_size * pictures * 3 * image_size**2
-    )
-    context.target_max_block_size = None  # or a large block would be cut in two
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    hold_order(dataset, block_bytes=batch_size * pictures * 3 * image_size**2)
     blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy")
     return iter(blocks)
 
 
-def _show(
-    item: Block, *, corpus: Path, examples: Path, image_size: int, has_two_pictures: bool
-) -> Block:
-    numbers = np.arange(int(item["start"][0]), int(item["stop"][0]))
-    table = open_examples(examples).take(numbers)
+def _show(item: Block, *, corpus: Path, image_size: int, has_two_pictures: bool) -> Block:
+    examples, start = json.loads(str(item["examples"][0])), int(item["start"][0])
     sides = ["left", "row"] if has_two_pictures else ["row"]
     found = [
-        [_picture(corpus, row, image_size) for row in table[side].to_pylist()] for side in sides
+        [_picture(corpus, example[side], image_size) for example in examples] for side in sides
     ]
     black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
     images = [[black if one is None else one for one in pictures] for pictures in found]
     is_shown = [all(one is not None for one in pictures) for pictures in zip(*found, strict=True)]
     stacked = np.stack([np.stack(pictures) for pictures in images], axis=1)
     return {
-        "number": numbers,
+        "number": np.arange(start, start + len(examples)),
         "images": stacked if has_two_pictures else stacked[:, 0],
-        "texts": np.array(table["text"].to_pylist(), dtype=object),
+        "texts": np.array([example["text"] for example in examples], dtype=object),
         "is_shown": np.array(is_shown),
     }
 
