@@ -3,17 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from albef_core.config import ModelConfig, ObjectiveConfig, Recipe
 from albef_core.errors import InputError
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
-from albef_core.official import from_official
 from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import LoadedModel, apply_weights, load_model, save_official
-from pipelines.checkpoint import QUEUES, TEACHER
+from pipelines.checkpoint import TEACHER_FILE, read_moving
 from pipelines.model_store import find_model
 
 HEAD_WIDTH = 64
@@ -44,7 +41,7 @@ def export(model: str, out: Path) -> Exported:
         raise InputError(f"--model {model}: is a file. Only model folders of ours are exported.")
     loaded = load_model(folder)
     _check_heads(loaded.model_config, model)
-    teacher, queues = _moving(folder / "teacher.safetensors", loaded.model, loaded.model_config)
+    teacher, queues = _moving(folder / TEACHER_FILE, loaded.model, loaded.model_config)
     out.parent.mkdir(parents=True, exist_ok=True)
     _write_vocabulary(loaded.tokenizer, out)
     partial = out.with_name(f"{out.name}.tmp")
@@ -82,15 +79,12 @@ def _moving(
     """Read the teacher and the queues of a checkpoint; a finished model has none."""
     if not file.is_file():
         return None, None
-    saved = load_file(file)
-    own = {name: tensor for name, tensor in saved.items() if name.startswith(QUEUES)}
-    theirs = from_official({name: tensor for name, tensor in saved.items() if name not in own})
+    weights, own = read_moving(file)
     teacher = Teacher(config, student)
-    weights = {name.removeprefix(TEACHER): tensor for name, tensor in theirs.items()}
     apply_weights(teacher, weights, source=str(file))
-    num_slots = len(own[f"{QUEUES}image.image_ids"])
+    num_slots = len(own["image.image_ids"])
     queues = Queues(config, ObjectiveConfig(num_slots=num_slots), Recipe())
-    queues.load_state_dict({name.removeprefix(QUEUES): tensor for name, tensor in own.items()})
+    queues.load_state_dict(own)
     return teacher, queues
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from albef_core.config import ModelConfig, TextConfig
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
-from albef_core.official import from_official
 from albef_core.tasks.folder import save_task, start_task
 from albef_core.teacher import Teacher
 from albef_core.weights import (
@@ -22,11 +21,12 @@ from albef_core.weights import (
     apply_weights,
     load_model,
     official_state,
+    random_start,
     read_official,
-    read_tensors,
     save_model,
 )
-from pipelines.checkpoint import QUEUES
+from pipelines.checkpoint import TEACHER, read_moving
+from pipelines.checkpoint import TEACHER_FILE as TEACHER_OF_CHECKPOINT
 from pipelines.config import FinetuneConfig
 from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, ExampleTask
 from pipelines.examples import Collected, collect_examples, write_examples
@@ -41,7 +41,6 @@ ON_PAIRS = ("retrieval", "grounding")
 """Tasks that learn from pairs of a picture and a text, with ITC and ITM."""
 SIZE_RATIO = 1.5
 """Resolution of fine-tuning over that of pre-training; the paper: 384 over 256."""
-TEACHER_OF_PRETRAINING = "teacher.safetensors"
 
 
 def finetune(config: FinetuneConfig) -> TrainResult:
@@ -63,7 +62,7 @@ def finetune(config: FinetuneConfig) -> TrainResult:
         logger.warning("%s: %d examples left out, with %s", config.corpus, count, kind)
     course = Course(
         task=PairTask if config.task in ON_PAIRS else ExampleTask,
-        corpus_id=f"{manifest.content_id}:{collected.digest[:16]}",
+        corpus_id=manifest.content_id,
         num_items=len(collected.table),
         prepare=lambda config, folder: prepare_task(config, collected, folder),
     )
@@ -127,9 +126,7 @@ def start_pairs(
     """
     student = ALBEF(config)
     if pretrained is None:
-        names = tuple(name for name, _ in student.named_parameters())
-        report = WeightsReport(source="random start, as asked for", matched=0, missing=names)
-        return student, Teacher(config, student), report
+        return student, Teacher(config, student), random_start(student)
     own = {name: w for name, w in pretrained.items() if not name.startswith(("teacher.", "queues"))}
     report = apply_weights(student, own, source=source, may_miss=("mlm_head.",))
     teacher = Teacher(config, student)
@@ -184,9 +181,8 @@ def _pretrained(source: Path, loaded: LoadedModel) -> Mapping[str, Tensor]:
     if source.is_file():
         return read_official(source)
     weights = dict(loaded.model.state_dict())
-    teacher = source / TEACHER_OF_PRETRAINING
+    teacher = source / TEACHER_OF_CHECKPOINT
     if not teacher.is_file():
         return weights
-    # The names of queues are ours, not official.
-    saved = {k: v for k, v in read_tensors(teacher).items() if not k.startswith(QUEUES)}
-    return weights | from_official(saved)
+    moving, _ = read_moving(teacher)
+    return weights | {f"{TEACHER}{name}": weight for name, weight in moving.items()}

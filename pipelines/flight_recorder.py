@@ -35,24 +35,25 @@ class FlightRecorder:
         """Give the records in the order of steps."""
         return [self._records[step] for step in sorted(self._records)]
 
+    def clear(self, step: int) -> None:
+        """Note that a step went well; a record of it, from before a restart, is forgotten."""
+        self.in_a_row = 0
+        if self._records.pop(step, None) is not None and self._folder is not None:
+            self._file(self._folder, step).unlink()
+
     def note(
         self,
         step: int,
-        is_finite: bool,
         *,
         loss: float,
         grad_norm: float,
         image_ids: Sequence[str],
         captions: Sequence[str],
     ) -> None:
-        """Note the outcome of a step; with `is_finite` false its batch was skipped.
+        """Note that the batch of a step was skipped.
 
         JSON has no NaN and no infinity: such a loss or norm is recorded as its name.
         """
-        if is_finite:
-            self.in_a_row = 0
-            self._forget(step)
-            return
         self._records[step] = {
             "step": step,
             "loss": loss if math.isfinite(loss) else str(loss),
@@ -68,10 +69,6 @@ class FlightRecorder:
     def artifact(self) -> dict[str, Any]:
         """Give all records as the body of the artifact `skipped_batches.json`."""
         return {"num_skipped": len(self._records), "skipped": self.skipped}
-
-    def _forget(self, step: int) -> None:
-        if self._records.pop(step, None) is not None and self._folder is not None:
-            self._file(self._folder, step).unlink()
 
     def _write(self, step: int) -> None:
         if self._folder is None:

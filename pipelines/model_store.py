@@ -24,7 +24,7 @@ from PIL import Image
 
 import albef_core
 from albef_core.errors import InputError
-from albef_core.weights import read_folder_config
+from albef_core.weights import task_of_folder
 
 PAIR: list[ColSpec | TensorSpec] = [
     ColSpec(DataType.binary, "image"),
@@ -81,7 +81,7 @@ def log_model(
     pickled.
     """
     tags = {key: str(value) for key, value in (tags or {}).items()}
-    task = read_folder_config(model_folder)[-1].get("task", "")
+    task = task_of_folder(model_folder)
     handle.save(model_folder)
     client = MlflowClient(handle.uri, registry_uri=handle.uri)
     run = client.get_run(handle.run_id)

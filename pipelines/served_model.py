@@ -22,7 +22,7 @@ from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import predict
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itm_logits
-from albef_core.weights import LoadedModel, load_model, read_folder_config
+from albef_core.weights import LoadedModel, load_model, task_of_folder
 
 BATCH_SIZE = 32
 
@@ -39,7 +39,7 @@ class ServedModel(PythonModel):
         """Load the weights that were logged."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = Path(context.artifacts["model"])
-        if "task" in read_folder_config(folder)[-1]:
+        if task_of_folder(folder):
             self.tuned = load_task(folder, device=self.device)
             self.tuned.model.eval()
         else:

@@ -192,7 +192,7 @@ class Worker:
             group["lr"] = self.schedule.lr_at(step)
         if self.is_usable(batch, step, loss=mean_over_workers(outcome.loss), norm=norm):
             state.optimizer.step()
-            self.task.accept(batch, outcome)
+            self.task.accept(outcome)
         return outcome
 
     def is_usable(self, batch: Batch, step: int, *, loss: torch.Tensor, norm: torch.Tensor) -> bool:
@@ -203,18 +203,17 @@ class Worker:
         Raises:
             InputError: more than `max_bad_steps` in a row.
         """
-        is_finite = bool(torch.isfinite(loss + norm))
-        shares = [] if is_finite else gather_objects((batch.image_ids, batch.captions))
+        if torch.isfinite(loss + norm):
+            self.recorder.clear(step)
+            return True
+        shares = gather_objects((batch.image_ids, batch.captions))
         self.recorder.note(
             step,
-            is_finite,
             loss=loss.item(),
             grad_norm=norm.item(),
             image_ids=[image_id for ids, _ in shares for image_id in ids],
             captions=[caption for _, captions in shares for caption in captions],
         )
-        if is_finite:
-            return True
         if self.curves.tracker:
             self.curves.tracker.log_dict(self.recorder.artifact(), "skipped_batches.json")
             self.job.board.note.remote(

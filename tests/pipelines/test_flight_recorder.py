@@ -4,10 +4,9 @@ import math
 from pipelines.flight_recorder import FlightRecorder
 
 
-def note(recorder, step, *, is_finite=False, loss=math.nan):
+def note(recorder, step, *, loss=math.nan):
     recorder.note(
         step,
-        is_finite,
         loss=loss,
         grad_norm=math.inf,
         image_ids=[f"image-{step}", "cat"],
@@ -17,7 +16,7 @@ def note(recorder, step, *, is_finite=False, loss=math.nan):
 
 def test_a_skipped_batch_is_recorded_with_its_pairs_in_plain_json():
     recorder = FlightRecorder(None)
-    note(recorder, 6, is_finite=True, loss=2.0)
+    recorder.clear(6)
     note(recorder, 7)
     body = json.loads(json.dumps(recorder.artifact(), allow_nan=False))
     assert body == {
@@ -44,7 +43,7 @@ def test_a_finite_step_ends_the_row_and_keeps_the_records():
     recorder = FlightRecorder(None)
     for step in (0, 1, 3):
         note(recorder, step)
-        note(recorder, 2, is_finite=True)
+        recorder.clear(2)
     note(recorder, 4)
     assert recorder.in_a_row == 2
     assert [record["step"] for record in recorder.skipped] == [0, 1, 3, 4]
@@ -73,5 +72,5 @@ def test_a_resumed_training_counts_on_where_the_killed_one_was(tmp_path):
 def test_a_step_that_is_finite_when_repeated_loses_its_record(tmp_path):
     note(FlightRecorder(tmp_path), 5)
     resumed = FlightRecorder(tmp_path)
-    note(resumed, 5, is_finite=True)
+    resumed.clear(5)
     assert resumed.skipped == FlightRecorder(tmp_path).skipped == []
