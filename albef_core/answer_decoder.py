@@ -1,16 +1,18 @@
 """The answer decoder of VQA: BERT layers that write a text while they look at a question."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.initialization import initialize_text
 from albef_core.text_encoder import (
     SITES_PER_LAYER,
     Attention,
     Mlp,
     TokenEmbeddings,
-    initialize_bert,
 )
 
 
@@ -22,7 +24,7 @@ class AnswerDecoder(TokenEmbeddings):
         self.layers = nn.ModuleList(
             DecoderLayer(config, number=n) for n in range(config.fusion_layers)
         )
-        self.apply(initialize_bert)
+        self.apply(partial(initialize_text, width=config.text_width))
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.initialization import deviation, initialize_image
 
 
 class ImageEncoder(nn.Module):
@@ -37,9 +38,9 @@ class ImageEncoder(nn.Module):
             for _ in range(config.image_layers)
         )
         self.norm = norm(width)
-        self.apply(_initialize)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(partial(initialize_image, width=width))
+        nn.init.trunc_normal_(self.cls_token, std=deviation(width))
+        nn.init.trunc_normal_(self.pos_embed, std=deviation(width))
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
         """Encode pictures whose side is a multiple of the patch; [CLS] comes first."""
@@ -86,10 +87,3 @@ def resize_position_embeddings(
     grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([cls_token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
 from albef_core.image_encoder import ImageEncoder
-from albef_core.text_encoder import MlmHead, MultimodalEncoder, TextEncoder, initialize_bert
+from albef_core.initialization import initialize_text
+from albef_core.text_encoder import MlmHead, MultimodalEncoder, TextEncoder
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
@@ -62,7 +63,7 @@ class ALBEF(Encoders):
         super().__init__(config)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
-        initialize_bert(self.itm_head)
+        initialize_text(self.itm_head, width=config.text_width)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
-from albef_core.text_encoder import TextLayer, initialize_bert
+from albef_core.initialization import initialize_text
+from albef_core.text_encoder import TextLayer
 
 FUSION_LAYER = re.compile(r"^multimodal_encoder\.layers\.(\d+)\.(.+)$")
 
@@ -31,7 +33,7 @@ class PairEncoder(nn.Module):
             second.cross_attention.key = first.cross_attention.key
             second.cross_attention.value = first.cross_attention.value
         self.layers = nn.ModuleList(layers)
-        self.apply(initialize_bert)
+        self.apply(partial(initialize_text, width=config.text_width))
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """BERT in two halves: the text encoder, and the multimodal encoder that also looks at the image."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.initialization import initialize_text
 from albef_core.keyed import KeyedDropout
 
 NORM_EPS = 1e-12  # BERT's; nothing smaller than it survives float32, which is as published
@@ -43,7 +45,7 @@ class TextEncoder(TokenEmbeddings):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(TextLayer(config, number=n) for n in range(config.text_layers))
-        self.apply(initialize_bert)
+        self.apply(partial(initialize_text, width=config.text_width))
 
     def forward(
         self,
@@ -67,7 +69,7 @@ class MultimodalEncoder(nn.Module):
             TextLayer(config, number=config.text_layers + n, attends_to=config.image_width)
             for n in range(config.fusion_layers)
         )
-        self.apply(initialize_bert)
+        self.apply(partial(initialize_text, width=config.text_width))
 
     def forward(
         self,
@@ -222,19 +224,9 @@ class MlmHead(nn.Module):
         self.transform = nn.Linear(config.text_width, config.text_width)
         self.norm = nn.LayerNorm(config.text_width, eps=NORM_EPS)
         self.decoder = nn.Linear(config.text_width, config.vocab_size)
-        self.apply(initialize_bert)
+        self.apply(partial(initialize_text, width=config.text_width))
         self.decoder.weight = word_embeddings.weight
 
     def forward(self, tokens: Float[Tensor, "*N W"]) -> Float[Tensor, "*N V"]:
         """Score every word piece at each given token."""
         return self.decoder(self.norm(F.gelu(self.transform(tokens))))
-
-
-def initialize_bert(module: nn.Module) -> None:
-    """Draw weights as BERT does: normal with deviation 0.02, biases zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight[module.padding_idx])

@@ -1,3 +1,5 @@
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -92,3 +94,13 @@ def test_temperature_starts_where_it_is_told(tiny_config: ModelConfig) -> None:
 
 def test_the_mlm_decoder_is_the_word_embedding(tiny_model: ALBEF) -> None:
     assert tiny_model.mlm_head.decoder.weight is tiny_model.text_encoder.word_embeddings.weight
+
+
+@pytest.mark.parametrize("width", [768, 48])
+def test_a_random_image_encoder_is_as_strong_at_any_width(
+    tiny_config: ModelConfig, width: int
+) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny_config, image_width=width, image_heads=4)
+    block = ALBEF(config).get_parameter("image_encoder.blocks.0.attn.qkv.weight")
+    assert block.std().item() == pytest.approx(0.02 * math.sqrt(768 / width), rel=0.1)
