@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,15 @@ class CheckpointStore:
         """
         states = self._readable(warn=True)
         states = {name: s for name, s in states.items() if s.progress.step < before}
-        for name in sorted(states, key=lambda name: states[name].serial, reverse=True):
+        return self._first_whole(_by_age(states))
+
+    def best(self) -> Found | None:
+        """Give the whole checkpoint whose metric `keep_best` is lowest; None where none has it."""
+        scores = self._scores(self._readable(warn=True))
+        return self._first_whole(sorted(scores, key=lambda name: scores[name]))
+
+    def _first_whole(self, names: Iterable[str]) -> Found | None:
+        for name in names:
             try:
                 return _open(self._fs, f"{self._root}/{name}")
             except DamagedCheckpointError as error:
@@ -205,13 +213,8 @@ class CheckpointStore:
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def _prune(self, states: dict[str, State]) -> None:
-        by_age = sorted(states, key=lambda name: states[name].serial, reverse=True)
-        newest_of_step = {_step_of(name): name for name in reversed(by_age)}
-        current = [name for name in by_age if name == newest_of_step[_step_of(name)]]
-        kept = set(current[: self._keep_last])
-        scores = {name: states[name].progress.metrics.get(self._keep_best) for name in current}
-        scores = {name: s for name, s in scores.items() if s is not None and math.isfinite(s)}
-        if scores:
+        kept = set(_current(states)[: self._keep_last])
+        if scores := self._scores(states):
             kept.add(min(scores, key=lambda name: scores[name]))
         for name in set(states) - kept:
             try:
@@ -219,10 +222,27 @@ class CheckpointStore:
             except Exception as error:  # whatever a store may raise: the new checkpoint is safe
                 logger.warning("%s/%s could not be removed (%s)", self.location, name, error)
 
+    def _scores(self, states: Mapping[str, State]) -> dict[str, float]:
+        found = {
+            name: states[name].progress.metrics.get(self._keep_best) for name in _current(states)
+        }
+        return {name: s for name, s in found.items() if s is not None and math.isfinite(s)}
+
     def _remove(self, name: str) -> None:
         self._fs.rm_file(f"{self._root}/{name}/{STATE_FILE}")
         if self._fs.exists(f"{self._root}/{name}"):  # object stores have no empty folders
             self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+
+def _by_age(states: Mapping[str, State]) -> list[str]:
+    """List checkpoints, the one written last first."""
+    return sorted(states, key=lambda name: states[name].serial, reverse=True)
+
+
+def _current(states: Mapping[str, State]) -> list[str]:
+    """List of every step the checkpoint written last, the newest first."""
+    newest_of_step = {_step_of(name): name for name in reversed(_by_age(states))}
+    return [name for name in _by_age(states) if name == newest_of_step[_step_of(name)]]
 
 
 def open_store(config: TrainConfig) -> CheckpointStore:
@@ -233,7 +253,7 @@ def open_store(config: TrainConfig) -> CheckpointStore:
     """
     root = config.checkpoints.rstrip("/") or str(config.storage)
     location = f"{root}/{config.name}"
-    return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.keep_best)
+    return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.best_curve)
 
 
 def _connect(url: str) -> tuple[AbstractFileSystem, str]:

@@ -85,6 +85,9 @@ class TrainConfig:
 
     corpus: Path
     """Corpus folder, as written by jobs/ingest.py."""
+    val: Path | None = None
+    """Corpus of held-out pictures, on which the student is measured at the end of every epoch: the
+    curves `val/...`. The finished model is then that of the best epoch."""
     storage: Path = Path("runs")
     """Folder for checkpoints and results of runs."""
     name: str = ""
@@ -119,9 +122,9 @@ class TrainConfig:
     """Longest time without a checkpoint; 0: none by time."""
     keep_last: int = 2
     """Checkpoints kept, the newest ones."""
-    keep_best: str = "train/loss/total"
+    keep_best: str | None = None
     """Curve whose lowest mean since the checkpoint before marks the best one, which is kept
-    too; empty: none."""
+    too; empty: none. Default: `val/error` where --val is given, else `train/loss/total`."""
     checkpoints: str = ""
     """Where checkpoints go: a folder or an fsspec URL such as `s3://bucket/run`. Default: the
     run's folder in --storage."""
@@ -154,6 +157,13 @@ class TrainConfig:
     register: str = "albef-pretrain"
     """Name in the MLflow model registry under which the finished model becomes a version; empty:
     none."""
+
+    @property
+    def best_curve(self) -> str:
+        """Name the curve that marks the best checkpoint; "" where none is marked."""
+        if self.keep_best is not None:
+            return self.keep_best
+        return "val/error" if self.val else "train/loss/total"
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:

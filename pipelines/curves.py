@@ -74,11 +74,9 @@ class Curves:
             "feed/bad_images": float(num_bad),
             "train/memory_gb": _memory_gb(device),
         }
+        self.add(curves, step)
         if self.tracker:
-            self.tracker.log(curves, step)
             self.board.write.remote(step, {name: curves[name] for name in self.shown})
-            for name, value in curves.items():
-                self.since_checkpoint.setdefault(name, []).append(value)
         self.num_pairs, self.busy_s, self.waited_s = 0, 0.0, 0.0
         is_much = num_bad > self.max_bad_share * num_pairs
         if is_much and num_pairs >= MIN_PAIRS_TO_JUDGE:
@@ -89,6 +87,13 @@ class Curves:
                 f" more than --max-bad-share {self.max_bad_share}."
                 " Build it again with jobs/ingest.py."
             )
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Draw points that all workers know already."""
+        if self.tracker:
+            self.tracker.log(values, step)
+            for name, value in values.items():
+                self.since_checkpoint.setdefault(name, []).append(value)
 
     def means_since_checkpoint(self) -> dict[str, float]:
         """Average each curve since this was last asked; skipped batches have no finite loss."""

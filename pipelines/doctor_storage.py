@@ -36,7 +36,7 @@ def check_storage(config: PretrainConfig) -> Finding:
             measured.append(f"{place}: {(str(error) or type(error).__name__).splitlines()[0]}")
             problems.append(Problem("fail", _remedy(flag, place, error)))
     size = checkpoint_bytes(config)
-    count = config.keep_last + 1 + bool(config.keep_best)
+    count = config.keep_last + 1 + bool(config.best_curve)
     measured.append(f"a checkpoint is {_bytes(size)}, and there are up to {count}")
     *_, place = places.values()
     if not problems and not _is_remote(place):

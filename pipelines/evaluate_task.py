@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from albef_core.errors import InputError
-from albef_core.metrics import Estimate, mean_estimate, vqa_accuracies
+from albef_core.metrics import Estimate, mean_estimate
 from albef_core.preprocess import decode_image
 from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import Answering
@@ -28,12 +28,11 @@ from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
 from pipelines.predictor import predicted_blocks
+from pipelines.scoring import score_answers, truths_of
 from pipelines.task_report import Case, cases_figure, slices_figure
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all."""
-ANNOTATORS_OF_VQA = 4
-"""From so many answers to a question on, the score is that of VQA v2."""
 NUM_CASES = 6
 SHORT, MEDIUM = 5, 10
 """Words up to which a text is short, and medium."""
@@ -129,7 +128,7 @@ def evaluate_task(
         tags={"corpus.id": manifest.content_id, "model": config.model, "seed": str(config.seed)},
     )
     corpus = open_corpus(config.corpus.absolute())
-    truths = _truths(loaded.task, table)
+    truths = truths_of(loaded.task, table)
     result = TaskResult(
         task=task,
         model=config.model,
@@ -226,31 +225,13 @@ def _predict(
     return rows
 
 
-def _truths(task: str, table: Any) -> list[str]:
-    if task != "vqa":
-        return table["label"].to_pylist()
-    return [Counter(given).most_common(1)[0][0] for given in table["answers"].to_pylist()]
-
-
 def _score(
-    task: str, table: Any, answered: list[str]
+    task: str, table: pa.Table, answered: list[str]
 ) -> tuple[NDArray[np.floating], str, NDArray[np.floating]]:
     """Score the answers, name the most frequent truth, and score always saying that."""
-    majority = Counter(_truths(task, table)).most_common(1)[0][0]
-    if task != "vqa":
-        labels = np.array(table["label"].to_pylist())
-        return (labels == np.array(answered)).astype(float), majority, (labels == majority) * 1.0
-    given = table["answers"].to_pylist()
-    return _vqa_scores(answered, given), majority, _vqa_scores([majority] * len(given), given)
-
-
-def _vqa_scores(answered: list[str], given: list[list[str]]) -> NDArray[np.floating]:
-    scores = np.array([a in those for a, those in zip(answered, given, strict=True)], dtype=float)
-    many = np.array([len(those) >= ANNOTATORS_OF_VQA for those in given])
-    if many.any():
-        places = np.flatnonzero(many)
-        scores[many] = vqa_accuracies([answered[n] for n in places], [given[n] for n in places])
-    return scores
+    majority = Counter(truths_of(task, table)).most_common(1)[0][0]
+    blind = score_answers(task, table, [majority] * len(table))
+    return score_answers(task, table, answered), majority, blind
 
 
 def _slices_of(kind: str, text: str) -> tuple[str, ...]:

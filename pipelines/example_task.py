@@ -22,13 +22,12 @@ from albef_core.tasks.vqa import VqaBatch, vqa_step
 from albef_core.teacher import follow, frozen_copy
 from albef_core.weights import apply_weights
 from pipelines.config import FinetuneConfig
-from pipelines.examples import ExampleBatch, ExampleSpec
+from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
+from pipelines.validation import answer_examples
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
 
-EXAMPLES_FILE = "examples.arrow"
-"""In the folder that a training starts from: what it learns."""
 TEACHER_FILE = "teacher.safetensors"
 STEPS: dict[str, Callable[..., Any]] = {
     "entailment": entailment_step,
@@ -43,7 +42,7 @@ class ExampleTask:
     queues = None
 
     def __init__(self, config: FinetuneConfig, start: Path, device: torch.device) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._val = config, device, start / VAL_FILE
         self._loaded = load_task(start, device=device)
         self.tokenizer, self.student = self._loaded.tokenizer, self._loaded.model
         self.teacher = frozen_copy(self.student)
@@ -86,6 +85,10 @@ class ExampleTask:
         right = (outcome.logits.argmax(dim=1) == outcome.labels).float().mean()
         name = "accuracy" if self._loaded.task in LABELS else "token_accuracy"
         return {"train/loss/total": outcome.loss, f"train/{name}": right}
+
+    def validate(self, corpus: Path) -> dict[str, float]:
+        """Give the accuracy on the held-out examples."""
+        return answer_examples(self._loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: ExampleBatch, outcome: Any, *, step: int

@@ -36,6 +36,10 @@ PLACES = {
 }
 """Where the examples of a task are: key of the annotations, and of a text there."""
 NO_ROW = -1
+EXAMPLES_FILE = "examples.arrow"
+"""In the folder that a training starts from: what it learns."""
+VAL_FILE = "val.arrow"
+"""Beside it: what is asked of the held-out pictures."""
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64()),

@@ -28,13 +28,13 @@ from albef_core.weights import (
 from pipelines.checkpoint import TEACHER, read_moving
 from pipelines.checkpoint import TEACHER_FILE as TEACHER_OF_CHECKPOINT
 from pipelines.config import FinetuneConfig
-from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, ExampleTask
-from pipelines.examples import Collected, collect_examples, write_examples
+from pipelines.example_task import TEACHER_FILE, ExampleTask
+from pipelines.examples import EXAMPLES_FILE, Collected, collect_examples, write_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pair_task import PairTask
 from pipelines.presets import INIT
-from pipelines.train import Course, TrainResult, train, with_absolute_names
+from pipelines.train import Course, TrainResult, collect_held_out, train, with_absolute_names
 
 logger = logging.getLogger(__name__)
 ON_PAIRS = ("retrieval", "grounding")
@@ -58,6 +58,7 @@ def finetune(config: FinetuneConfig) -> TrainResult:
     config = with_absolute_names(config)
     manifest = read_manifest(config.corpus)
     collected = collect_examples(manifest, config.task)
+    held_out = collect_held_out(config, config.task, manifest)
     for kind, count in collected.bad.items():
         logger.warning("%s: %d examples left out, with %s", config.corpus, count, kind)
     course = Course(
@@ -65,6 +66,7 @@ def finetune(config: FinetuneConfig) -> TrainResult:
         corpus_id=manifest.content_id,
         num_items=len(collected.table),
         prepare=lambda config, folder: prepare_task(config, collected, folder),
+        held_out=held_out,
     )
     return train(config, course)
 

@@ -17,8 +17,9 @@ from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from albef_core.weights import load_model, save_model
 from pipelines.config import FinetuneConfig
-from pipelines.example_task import EXAMPLES_FILE, TEACHER_FILE, read_teacher
-from pipelines.examples import ExampleBatch, ExampleSpec
+from pipelines.example_task import TEACHER_FILE, read_teacher
+from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
+from pipelines.validation import retrieve_pairs
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -30,7 +31,7 @@ class PairTask:
     shown = ("train/loss/itc", "train/loss/itm", "train/pairs_per_s")
 
     def __init__(self, config: FinetuneConfig, start: Path, device: torch.device) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._val = config, device, start / VAL_FILE
         self._loaded = loaded = load_model(start, device=device)
         self.student = loaded.model
         self.teacher = Teacher(loaded.model_config, self.student)
@@ -102,6 +103,10 @@ class PairTask:
             "train/itm_accuracy": right.float().mean(),
             "train/temperature": self.student.temperature,
         }
+
+    def validate(self, corpus: Path) -> dict[str, float]:
+        """Give the recalls on the held-out pairs, by ITC."""
+        return retrieve_pairs(self._loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: ExampleBatch, outcome: RetrievalStep, *, step: int

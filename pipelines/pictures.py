@@ -1,6 +1,7 @@
 """The pictures of a corpus for a model: all of them, in order, decoded by Ray tasks."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from albef_core.preprocess import UndecodableImage, decode_image, resize_square
 from pipelines.manifest import Manifest, RowGroup, read_row_group
+from pipelines.pairs import open_corpus
 
 DECODE_CPUS = 0.5
 BLOCKS_IN_STORE = 6
@@ -56,6 +58,15 @@ def hold_order(dataset: ray.data.Dataset, *, block_bytes: int) -> None:
     context.target_max_block_size = None  # or a large block would be cut in two
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+@lru_cache(maxsize=64)  # what is asked about one picture follows each other
+def picture_at(corpus: Path, row: int, image_size: int) -> NDArray[np.uint8] | None:
+    """Decode and resize one picture of a corpus; None where it does not decode."""
+    try:
+        return resize_square(decode_image(open_corpus(corpus).read(row).image), image_size)
+    except UndecodableImage:
+        return None
 
 
 def _decode(item: Block, *, folder: Path, image_size: int) -> Block:

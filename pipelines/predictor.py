@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 
-from albef_core.preprocess import UndecodableImage, decode_image, resize_square
 from albef_core.tasks.folder import load_task
 from albef_core.tasks.predict import Answering, predict
-from pipelines.pairs import open_corpus
-from pipelines.pictures import DECODE_CPUS, Block, hold_order
+from pipelines.pictures import DECODE_CPUS, Block, hold_order, picture_at
 
 
 def predicted_blocks(
@@ -75,28 +72,39 @@ def predicted_blocks(
 
 def _show(item: Block, *, corpus: Path, image_size: int, has_two_pictures: bool) -> Block:
     examples, start = json.loads(str(item["examples"][0])), int(item["start"][0])
+    images, is_shown = show_examples(
+        examples, corpus=corpus, image_size=image_size, has_two_pictures=has_two_pictures
+    )
+    return {
+        "number": np.arange(start, start + len(examples)),
+        "images": images,
+        "texts": np.array([example["text"] for example in examples], dtype=object),
+        "is_shown": is_shown,
+    }
+
+
+def show_examples(
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    corpus: Path,
+    image_size: int,
+    has_two_pictures: bool,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Decode the pictures of examples, which have the columns of `examples.SCHEMA`.
+
+    Returns:
+        Pictures (N, S, S, 3), or pairs of them, left and right (N, 2, S, S, 3), black where one
+        does not decode; and whether all of an example's decode (N).
+    """
     sides = ["left", "row"] if has_two_pictures else ["row"]
     found = [
-        [_picture(corpus, example[side], image_size) for example in examples] for side in sides
+        [picture_at(corpus, example[side], image_size) for example in examples] for side in sides
     ]
     black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
     images = [[black if one is None else one for one in pictures] for pictures in found]
     is_shown = [all(one is not None for one in pictures) for pictures in zip(*found, strict=True)]
     stacked = np.stack([np.stack(pictures) for pictures in images], axis=1)
-    return {
-        "number": np.arange(start, start + len(examples)),
-        "images": stacked if has_two_pictures else stacked[:, 0],
-        "texts": np.array([example["text"] for example in examples], dtype=object),
-        "is_shown": np.array(is_shown),
-    }
-
-
-@lru_cache(maxsize=64)  # the examples of one picture follow each other
-def _picture(corpus: Path, row: int, image_size: int) -> NDArray[np.uint8] | None:
-    try:
-        return resize_square(decode_image(open_corpus(corpus).read(row).image), image_size)
-    except UndecodableImage:
-        return None
+    return stacked if has_two_pictures else stacked[:, 0], np.array(is_shown)
 
 
 class _Predictor:

@@ -15,9 +15,11 @@ from albef_core.teacher import Teacher
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, save_model
 from pipelines.config import PretrainConfig
+from pipelines.examples import VAL_FILE, open_examples
 from pipelines.inputs import feed_spec, num_tokens, to_device
 from pipelines.pairs import FeedBatch
 from pipelines.train_pictures import hard_negative_similarity, log_pictures
+from pipelines.validation import retrieve_pairs
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -29,8 +31,8 @@ class PretrainingTask:
     shown = ("train/loss/itc", "train/loss/itm", "train/loss/mlm", "train/pairs_per_s")
 
     def __init__(self, config: PretrainConfig, start: Path, device: torch.device) -> None:
-        self._config, self._device = config, device
-        loaded = load_model(start, device=device)
+        self._config, self._device, self._val = config, device, start / VAL_FILE
+        self._loaded = loaded = load_model(start, device=device)
         self.tokenizer, self.student = loaded.tokenizer, loaded.model
         self.text_layers = config.model.text_layers
         self.teacher = Teacher(config.model, self.student).train(not config.recipe.quiet_teacher)
@@ -85,6 +87,10 @@ class PretrainingTask:
             "train/temperature": temperature,
             "train/queue_fill": self.queues.image.fill_share(),
         }
+
+    def validate(self, corpus: Path) -> dict[str, float]:
+        """Give the recalls on the held-out pairs, by ITC."""
+        return retrieve_pairs(self._loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: FeedBatch, outcome: PretrainingStep, *, step: int

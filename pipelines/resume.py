@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "micro_batch_size",
         "device",
         "corpus",
+        "val",
         "storage",
         "name",
         "log_every",

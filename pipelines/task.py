@@ -91,6 +91,10 @@ class Task(Protocol):
         """Give this worker's part of the curves, the losses among them."""
         ...
 
+    def validate(self, corpus: Path) -> dict[str, float]:
+        """Measure the student on held-out examples (a collective); `val/error` is among it."""
+        ...
+
     def draw(self, tracker: "Tracker | None", batch: Any, outcome: Any, *, step: int) -> None:
         """Log pictures of what is learned (a collective)."""
         ...

@@ -20,9 +20,10 @@ from albef_core.config import format_recipe
 from albef_core.errors import InputError, Preempted
 from pipelines.checkpoint_store import CheckpointStore, Found, open_store
 from pipelines.cluster import connect
-from pipelines.config import PretrainConfig, TrainConfig
+from pipelines.config import PretrainConfig, TaskName, TrainConfig
 from pipelines.config_file import write_config
-from pipelines.manifest import check_captioned, read_manifest
+from pipelines.examples import VAL_FILE, Collected, collect_examples, write_examples
+from pipelines.manifest import Manifest, check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
@@ -72,6 +73,8 @@ class Course:
     prepare: Callable[[Any, Path], tuple[Any, dict[str, str]]]
     """Writes the model that training starts from into a folder; gives the config with the sizes
     that it has, and tags of the run."""
+    held_out: Collected | None = None
+    """What the student is asked between epochs."""
 
 
 def pretrain(config: PretrainConfig) -> TrainResult:
@@ -84,19 +87,38 @@ def pretrain(config: PretrainConfig) -> TrainResult:
     """
     config = with_absolute_names(config)
     check_captioned(manifest := read_manifest(config.corpus))
+    held_out = collect_held_out(config, "retrieval", manifest)
     course = Course(
         task=PretrainingTask,
         corpus_id=manifest.content_id,
         num_items=manifest.num_images,
         prepare=lambda config, folder: prepare_start(config, manifest, folder),
+        held_out=held_out,
     )
     return train(config, course)
+
+
+def collect_held_out(config: TrainConfig, task: TaskName, learned: Manifest) -> Collected | None:
+    """Find the examples of `--val`; None where it is not given.
+
+    Raises:
+        InputError: it has none, or is the corpus that is learned from.
+    """
+    if config.val is None:
+        return None
+    manifest = read_manifest(config.val)
+    if manifest.content_id == learned.content_id:
+        raise InputError(f"--val {config.val}: is what --corpus holds. Give pictures held out.")
+    return collect_examples(manifest, task)
 
 
 def with_absolute_names(config: Config) -> Config:
     """Make the folders of a config absolute: Ray Train gives its workers another one."""
     return dataclasses.replace(
-        config, corpus=config.corpus.absolute(), storage=config.storage.absolute()
+        config,
+        corpus=config.corpus.absolute(),
+        val=config.val.absolute() if config.val else None,
+        storage=config.storage.absolute(),
     )
 
 
@@ -116,6 +138,8 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
     run_dir.mkdir(parents=True, exist_ok=True)
     adopt(config, store, run_dir, course.corpus_id)
     asked, (config, weights_tags) = config, course.prepare(config, run_dir / "start")
+    if course.held_out:
+        write_examples(course.held_out, run_dir / "start" / VAL_FILE)
     write_config(asked, run_dir / CONFIG_FILE)
     (run_dir / CORPUS_FILE).write_text(course.corpus_id)
     handle = open_run(
@@ -147,7 +171,9 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             board=ProgressBoard.remote(),
         )
         _fit(job, on_gpu=on_gpu)
-        model = _finished_model(_last_checkpoint(job, store), run_dir / "model")
+        last = _last_checkpoint(job, store)
+        finished = (store.best() if config.val else None) or last
+        model = _finished_model(finished, run_dir / "model")
         tags = {"corpus.id": course.corpus_id, "seed": str(config.seed)}
         stored = log_model(handle, model, register=config.register, tags=tags)
     except BaseException as error:
@@ -219,10 +245,10 @@ def _last_checkpoint(job: TrainJob, store: CheckpointStore) -> Found:
     return newest
 
 
-def _finished_model(newest: Found, folder: Path) -> Path:
-    """Copy the student out of the last checkpoint: a model folder without teacher and optimizer."""
+def _finished_model(found: Found, folder: Path) -> Path:
+    """Copy the student out of a checkpoint: a model folder without teacher and optimizer."""
     folder.mkdir(exist_ok=True)
-    with newest.fetch() as source:
+    with found.fetch() as source:
         for file in source.iterdir():
             if file.name not in TRAINING_FILES:
                 shutil.copyfile(file, folder / file.name)

@@ -141,6 +141,9 @@ class Worker:
                     self.agreement.check_replicas(self.state.student)
                     self.curves.name_bad()
                     self.task.draw(self.curves.tracker, batch, outcome, step=step)
+            if ends_epoch and job.config.val:
+                with self.watchdog.part("validation"):
+                    self.validate(job.config.val, step)
             # Within a row of skipped batches nothing moves: a checkpoint would only push out one
             # from before it.
             is_due = (ends_epoch or self.saver.is_due(step)) and not self.recorder.in_a_row
@@ -255,6 +258,14 @@ class Worker:
         values = self.task.curves(outcome)
         known = {"train/alpha": self.alpha_of(step - 1), "train/lr": self.schedule.lr_at(step - 1)}
         self.curves.write(values, known, step, device=self.device)
+
+    def validate(self, corpus: Path, step: int) -> None:
+        """Measure the student on the held-out corpus, and say so (a collective)."""
+        values = self.task.validate(corpus)
+        self.curves.add(values, step)
+        if self.curves.tracker:
+            said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self.job.board.note.remote(f"step {step}: {said}")
 
     def read_wishes(self) -> tuple[bool, bool]:
         """Tell whether the driver wants an end, and whether a checkpoint; rank 0 asks for all."""

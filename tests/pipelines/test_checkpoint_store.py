@@ -92,6 +92,7 @@ def test_an_empty_store_has_no_checkpoint(location: str) -> None:
     store = CheckpointStore(location, keep_last=2)
 
     assert store.newest_good() is None
+    assert store.best() is None
     assert store.list_steps() == []
 
 
@@ -102,6 +103,9 @@ def test_the_last_ones_and_the_best_are_kept(location: str) -> None:
         store.write(progress_at(step, loss=loss), fill_with(step))
 
     assert store.list_steps() == [1, 4, 5]
+    best = store.best()
+    assert best is not None
+    assert best.progress.step == 1
 
 
 def test_a_step_written_again_replaces_the_old_one(location: str) -> None:
