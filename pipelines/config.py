@@ -456,9 +456,9 @@ class QuickstartConfig:
     """Pictures to train on."""
     num_held_out: int = 500
     """Unseen pictures to evaluate on."""
-    steps: int = 220
+    steps: int = 440
     """Optimizer steps of `tiny`."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Pairs in a global batch."""
     workers: int = 2
     """Train workers."""

@@ -63,7 +63,7 @@ def tiny() -> PretrainConfig:
     return PretrainConfig(
         corpus=UNSET,
         epochs=10,
-        batch_size=64,
+        batch_size=32,
         image_weights="random",
         text_weights="random",
         model=ModelConfig(
@@ -87,7 +87,7 @@ def tiny() -> PretrainConfig:
         augment=AugmentConfig(crop_scale_min=0.6, flip=False, rand_ops=0),
         # Runs of a few hundred steps: a slower teacher would still be random, a longer queue stale.
         objective=ObjectiveConfig(num_slots=64, teacher_momentum=0.99),
-        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=50, clip_norm=1.0),
+        optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=50, clip_norm=1.0),
     )
 
 
