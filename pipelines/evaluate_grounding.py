@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from albef_core.captions import length_name
 from albef_core.errors import InputError
 from albef_core.metrics import RIGHT_IOU, Estimate, box_overlap, mean_estimate
 from albef_core.preprocess import decode_image, resize_square
@@ -20,7 +21,6 @@ from pipelines.annotations import Box
 from pipelines.cluster import pick_device
 from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import write_config
-from pipelines.evaluate_task import MEDIUM, SHORT
 from pipelines.explain_report import Found, found_figure, grounding_figure, sweep_figure
 from pipelines.expressions import Expression, collect_expressions
 from pipelines.grounder import (
@@ -283,10 +283,8 @@ def _grounding(expression: Expression, scores: Mapping[str, Any], best: int) -> 
 
 
 def _slices_of(expression: Expression, box_share: float) -> tuple[str, str]:
-    words = len(expression.text.split())
-    length = "short" if words <= SHORT else "medium" if words <= MEDIUM else "long"
     size = "small" if box_share <= SMALL_BOX else "medium" if box_share <= MEDIUM_BOX else "large"
-    return f"{length} expression", f"{size} box"
+    return f"{length_name(expression.text)} expression", f"{size} box"
 
 
 def _cases(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from albef_core.captions import length_name
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate, mean_estimate, vqa_accuracies
 from albef_core.preprocess import decode_image
@@ -35,8 +36,6 @@ OnProgress = Callable[[str, int, int], None]
 ANNOTATORS_OF_VQA = 4
 """From so many answers to a question on, the score is that of VQA v2."""
 NUM_CASES = 6
-SHORT, MEDIUM = 5, 10
-"""Words up to which a text is short, and medium."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +253,7 @@ def _vqa_scores(answered: list[str], given: list[list[str]]) -> NDArray[np.float
 
 
 def _slices_of(kind: str, text: str) -> tuple[str, ...]:
-    words = len(text.split())
-    length = "short" if words <= SHORT else "medium" if words <= MEDIUM else "long"
-    return (f"{length} text", *([kind] if kind else []))
+    return (f"{length_name(text)} text", *([kind] if kind else []))
 
 
 def _log(

@@ -202,7 +202,7 @@ def recall_figure(stages: Mapping[str, Mapping[str, Estimate]]) -> Figure:
 def summary_table(result: "RetrievalResult") -> Table:
     """Lay out an evaluation for the terminal: each metric with interval and chance, in percent."""
     table = Table(
-        title=f"Retrieval on {result.corpus_name}: {result.num_images:,} pictures,"
+        title=f"Retrieval, {result.protocol}, on {result.corpus_name}: {result.num_images:,} pictures,"
         f" {result.num_texts:,} captions"
     )
     table.add_column("metric")
