@@ -99,11 +99,14 @@ class MultimodalEncoder(nn.Module):
 
         At full size (577 tokens, float32) that is 21 MB an image. Gradients flow.
         """
-        return [
-            # One head's keys side by side: attention reads them once a row, and they are made once.
-            Projected(*(part.contiguous() for part in layer.cross_attention.project(image_tokens)))
-            for layer in self.layers
-        ]
+        projected = []
+        for layer in self.layers:
+            assert isinstance(layer, TextLayer)
+            assert layer.cross_attention is not None
+            key, value = layer.cross_attention.project(image_tokens)
+            # A head's keys side by side: they are laid out once here, and read once a row.
+            projected.append(Projected(key.contiguous(), value.contiguous()))
+        return projected
 
     def fuse(
         self,

@@ -284,8 +284,8 @@ class EvaluateConfig(EvaluationConfig):
     top_k: int = 128
     """Candidates per query that ITM re-ranks. The paper: 128 on Flickr30k, 256 on COCO."""
     sweep_k: bool = False
-    """Also measure with 1, 2, 4, ... candidates, up to --top-k: accuracy against cost, from the same
-    judgments."""
+    """Also measure with 1, 2, 4, ... candidates, up to --top-k, from the same judgments: accuracy
+    against cost."""
     protocol: Protocol | None = None
     """What the model was fine-tuned on. Default: what its folder says; an official checkpoint does
     not say."""

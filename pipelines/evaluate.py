@@ -38,7 +38,7 @@ from pipelines.retrieval_findings import (
     find_cases,
     sweep,
 )
-from pipelines.retrieval_report import retrieval_cases_figure, sweep_figure
+from pipelines.retrieval_report import recall_against_k_figure, retrieval_cases_figure
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all (0: not known)."""
@@ -224,7 +224,7 @@ def _examine(
     judges = Judges(config.actors, device=device, batch_size=config.batch_size)
     try:
         sizes, text_config = judges.load(folder)
-        image_size = _image_size(config, sizes)
+        image_size = resolution_of(config, sizes)
         rows = _read_rows(manifest, max_words=text_config.max_words)
         clock.stop("load")
         is_decoded = _show(judges, manifest, rows, image_size, on_progress)
@@ -242,6 +242,11 @@ def _examine(
         similarity = judges.image_features() @ text_features.T
         pairs = wanted_pairs(torch.from_numpy(similarity), top_k=config.top_k).numpy()
         logits = judges.judge(pairs, on_pairs=partial(on_progress, "pairs"))
+        if num_bad := int((~np.isfinite(logits)).any(axis=1).sum()):
+            raise InputError(
+                f"--model {config.model}: ITM gives no number for {num_bad} of {len(pairs)} pairs:"
+                " its training has diverged, or its weights are damaged. Take an earlier model."
+            )
         clock.stop("scores")
     finally:
         judges.end()
@@ -285,8 +290,12 @@ def protocol_of(config: EvaluateConfig, folder: Path) -> Protocol:
     return said
 
 
-def _image_size(config: EvaluateConfig, sizes: ModelConfig) -> int:
-    """Choose the resolution; the image encoder interpolates its positions to any."""
+def resolution_of(config: EvaluateConfig, sizes: ModelConfig) -> int:
+    """Choose the resolution in pixels; the image encoder interpolates its positions to any.
+
+    Raises:
+        InputError: it is not the model's, and that was not asked for; or patches do not fill it.
+    """
     size = config.image_size or sizes.image_size
     if size != sizes.image_size and not config.resize_positions:
         raise InputError(
@@ -397,13 +406,13 @@ def _log(
     tracker.log_figure(recall_figure(result.metrics), f"{folder}/recall.png")
     if result.sweep:
         by_itc = result.metrics["itc"]["mean_recall"]
-        tracker.log_figure(sweep_figure(result.sweep, by_itc), f"{folder}/sweep.png")
+        tracker.log_figure(recall_against_k_figure(result.sweep, by_itc), f"{folder}/sweep.png")
     corpus = open_corpus(config.corpus.absolute())
     for name, cases in result.cases.items():
         pictures = [
-            tuple(
-                decode_image(corpus.read(row_of[image_id]).image)
-                for image_id in (case.image_id, case.found_image_id)
+            (
+                decode_image(corpus.read(row_of[case.image_id]).image),
+                decode_image(corpus.read(row_of[case.found_image_id]).image),
             )
             for case in cases
         ]

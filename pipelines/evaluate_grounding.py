@@ -18,7 +18,7 @@ from albef_core.preprocess import decode_image, resize_square
 from albef_core.weights import LoadedModel, load_model
 from pipelines import tracking
 from pipelines.annotations import Box
-from pipelines.cluster import pick_device
+from pipelines.cluster import check_actors, pick_device
 from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import write_config
 from pipelines.explain_report import Found, found_figure, grounding_figure, sweep_figure
@@ -33,6 +33,7 @@ from pipelines.grounder import (
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model, is_model_uri
 from pipelines.pairs import open_corpus
+from pipelines.pictures import DECODE_CPUS
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all."""
@@ -249,6 +250,8 @@ def _ground(
     on_progress: OnProgress,
 ) -> Block:
     """Look for all expressions, checked to come whole and in order; one array a column."""
+    device = pick_device(config.device)
+    check_actors(config.actors, device, cpus_left=DECODE_CPUS)
     blocks: list[Block] = []
     for block in grounded_blocks(
         expressions,
@@ -258,7 +261,7 @@ def _ground(
         lenses=lenses,
         batch_size=config.batch_size,
         actors=config.actors,
-        on_gpu=pick_device(config.device) == "cuda",
+        on_gpu=device == "cuda",
     ):
         blocks.append(block)
         on_progress("expressions", int(block["number"][-1]) + 1, len(expressions))

@@ -21,13 +21,14 @@ from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import Answering
 from albef_core.tasks.vqa_answers import check_answers
 from pipelines import tracking
-from pipelines.cluster import pick_device
+from pipelines.cluster import check_actors, pick_device
 from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
 from pipelines.examples import collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
+from pipelines.pictures import DECODE_CPUS
 from pipelines.predictor import predicted_blocks
 from pipelines.task_report import Case, cases_figure, slices_figure
 
@@ -200,6 +201,8 @@ def _predict(
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     """Predict all examples, checked to come whole and in order."""
+    device = pick_device(config.device)
+    check_actors(config.actors, device, cpus_left=DECODE_CPUS)
     blocks = predicted_blocks(
         examples,
         corpus=config.corpus.absolute(),
@@ -208,7 +211,7 @@ def _predict(
         has_two_pictures=loaded.task == "nlvr2",
         batch_size=config.batch_size,
         actors=config.actors,
-        on_gpu=pick_device(config.device) == "cuda",
+        on_gpu=device == "cuda",
         answering=Answering(
             top_k=config.top_k, is_open=config.answers == "open", num_beams=config.num_beams
         ),

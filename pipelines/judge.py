@@ -101,8 +101,8 @@ class Judge:
 class Judges:
     """Several judges as one: each holds every n-th picture, and all texts.
 
-    Each encodes all texts for itself: that is 5 texts an image, where ITM fuses hundreds of pairs an
-    image, and their tokens, 0.1 MB a text, would be more to send than to make.
+    Each encodes all texts for itself: that is some 5 texts an image, where ITM fuses hundreds of
+    pairs an image, and their tokens, 0.1 MB a text, would be more to send than to make.
     """
 
     def __init__(self, num: int, *, device: str, batch_size: int) -> None:
@@ -162,7 +162,10 @@ class Judges:
     def judge(
         self, pairs: Int64[np.ndarray, "P 2"], *, on_pairs: Callable[[int, int], None]
     ) -> Float32[np.ndarray, "P 2"]:
-        """Give the ITM logits of pairs of a picture and a text; `on_pairs` hears done and wanted."""
+        """Give the ITM logits of pairs of a picture and a text.
+
+        `on_pairs` hears how many are done and wanted.
+        """
         logits = np.empty((len(pairs), 2), dtype=np.float32)
         judged_by = pairs[:, 0] % len(self._actors)
         rows_of: dict[Any, Any] = {}

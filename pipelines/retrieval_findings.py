@@ -146,31 +146,40 @@ def find_cases(judged: Judged, scores: Scores, *, num: int) -> dict[str, list[Ca
     image_ranks = text_to_image_ranks(t2i, image_of_text)
     found_texts = np.where(text_ranks == 0, own_texts, foreign_texts)
     found_images = np.where(image_ranks == 0, image_of_text, foreign_images)
-    of_images = judged.match(images, found_texts)
-    of_texts = judged.match(found_images, texts)
+    match_of_images = judged.match(images, found_texts)
+    match_of_texts = judged.match(found_images, texts)
 
     def pick(is_wrong: bool) -> list[Case]:
+        of_images = _surest(match_of_images, (text_ranks > 0) == is_wrong, num)
+        of_texts = _surest(match_of_texts, (image_ranks > 0) == is_wrong, num)
         return [
-            Case(
-                direction=direction,
-                image=int(image[n]),
-                text=int(text[n]),
-                found=int(found[n]),
-                match=float(match[n]),
-                rank=int(ranks[n]),
-            )
-            for direction, image, text, found, match, ranks in (
-                ("image to text", images, own_texts, found_texts, of_images, text_ranks),
-                ("text to image", image_of_text, texts, found_images, of_texts, image_ranks),
-            )
-            for n in _surest(match, (ranks > 0) == is_wrong, num)
+            *(
+                Case(
+                    direction="image to text",
+                    image=image,
+                    text=int(own_texts[image]),
+                    found=int(found_texts[image]),
+                    match=float(match_of_images[image]),
+                    rank=int(text_ranks[image]),
+                )
+                for image in of_images
+            ),
+            *(
+                Case(
+                    direction="text to image",
+                    image=int(image_of_text[text]),
+                    text=text,
+                    found=int(found_images[text]),
+                    match=float(match_of_texts[text]),
+                    rank=int(image_ranks[text]),
+                )
+                for text in of_texts
+            ),
         ]
 
     return {"worst": pick(is_wrong=True), "best": pick(is_wrong=False)}
 
 
-def _surest(
-    match: Float[np.ndarray, " N"], counts: Bool[np.ndarray, " N"], num: int
-) -> Int[np.ndarray, " M"]:
+def _surest(match: Float[np.ndarray, " N"], counts: Bool[np.ndarray, " N"], num: int) -> list[int]:
     places = np.flatnonzero(counts)
-    return places[np.argsort(-match[places], kind="stable")[:num]]
+    return places[np.argsort(-match[places], kind="stable")[:num]].tolist()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LINE_WIDTH, MAX_LINES = 52, 3
 
 
-def sweep_figure(points: Sequence[SweepPoint], by_itc: Estimate) -> Figure:
+def recall_against_k_figure(points: Sequence[SweepPoint], by_itc: Estimate) -> Figure:
     """Draw accuracy against cost: mean recall by the pairs that ITM judges, and by ITC alone."""
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     panel = figure.subplots()
@@ -44,6 +44,8 @@ def sweep_figure(points: Sequence[SweepPoint], by_itc: Estimate) -> Figure:
         place = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": GRAY}
         panel.annotate(f"k = {point.top_k}", (cost, value), (0, 6), **place)
     panel.set_xscale("log")
+    panel.set_xticks(costs, [f"{cost:,}" for cost in costs], fontsize=7)
+    panel.minorticks_off()
     panel.set_xlabel("pairs judged by ITM", fontsize=8)
     panel.set_ylabel("mean recall in %, with 95 % interval", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
@@ -81,6 +83,8 @@ def retrieval_cases_figure(
         else:
             paragraph(words, 0.98, case.text, note="query", color=GRAY, **shape)
         if case.rank == 0:
+            if not by_image:
+                left.set_title(first, fontsize=8, color=color)
             continue
         show_picture(right, found)
         right.set_title("that one's picture" if by_image else first, fontsize=8, color=color)

@@ -216,9 +216,7 @@ def rank_judged(
     """
     # Of two candidates equally similar, the k-th and the next, the one that was judged.
     similarity_of_judged = similarity.masked_fill(matched.isnan(), -torch.inf)
-    for_text, for_image = (
-        candidates(similarity_of_judged, top_k=top_k, dim=dim) for dim in (1, 0)
-    )
+    for_text, for_image = (candidates(similarity_of_judged, top_k=top_k, dim=dim) for dim in (1, 0))
     return RetrievalScores(
         image_to_text=_put_below(matched, similarity, is_judged=for_text, dim=1),
         text_to_image=_put_below(matched, similarity, is_judged=for_image, dim=0),

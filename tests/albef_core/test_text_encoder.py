@@ -136,7 +136,7 @@ def test_images_projected_once_give_each_of_their_captions_the_same_tokens_and_g
     once = encoder.fuse(texts, mask, encoder.project(images), image_of_row)
     each = encoder(texts, mask, images[image_of_row])
     torch.testing.assert_close(once, each)
-    weights = encoder.layers[0].cross_attention.key.weight
+    weights = dict(encoder.named_parameters())["layers.0.cross_attention.key.weight"]
     for of_once, of_each in zip(
         torch.autograd.grad(once.square().sum(), [images, weights]),
         torch.autograd.grad(each.square().sum(), [images, weights]),
