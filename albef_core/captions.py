@@ -1,7 +1,9 @@
-"""Cleaning of captions and questions: which words the tokenizer gets to see."""
+"""Cleaning of captions and questions: which words the tokenizer gets to see, and how many."""
 
 import re
 
+SHORT, MEDIUM = 5, 10
+"""Words up to which a text is short, and medium."""
 _DROPPED = ",.'!?\"()*#:;~"
 _CHARACTERS = str.maketrans({**dict.fromkeys(_DROPPED, None), "-": " ", "/": " "})
 _WHITE_RUN = re.compile(r"\s{2,}")
@@ -33,3 +35,9 @@ def _simplify(raw: str) -> str:
 
 def _first_words(text: str, max_words: int) -> str:
     return " ".join(text.split(" ", maxsplit=max_words)[:max_words])
+
+
+def length_name(text: str) -> str:
+    """Call a text short, medium or long, by its words: a slice of evaluations."""
+    num_words = len(text.split())
+    return "short" if num_words <= SHORT else "medium" if num_words <= MEDIUM else "long"

@@ -65,8 +65,13 @@ def save_model(
     text_config: TextConfig,
     recipe: Recipe,
     tokenizer: Tokenizer,
+    tuned_for: str = "",
 ) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer into a folder."""
+    """Write `model.safetensors`, `config.json` and the tokenizer into a folder.
+
+    `tuned_for` is retrieval or grounding, where the model is fine-tuned for one of them: these have
+    the same parts as a pre-trained model, and nothing else would tell.
+    """
     write_folder(
         folder,
         model,
@@ -74,6 +79,7 @@ def save_model(
         text_config=text_config,
         recipe=recipe,
         tokenizer=tokenizer,
+        **({"tuned_for": tuned_for} if tuned_for else {}),
     )
 
 
@@ -174,6 +180,12 @@ def task_of_folder(folder: Path) -> str:
     """Name the task that a model folder of ours is fine-tuned for; "" where it has ITC and ITM."""
     *_, more = read_folder_config(folder)
     return more.get("task", "")
+
+
+def is_fine_tuned(folder: Path) -> bool:
+    """Tell whether a model folder of ours is fine-tuned, for retrieval and grounding too."""
+    *_, more = read_folder_config(folder)
+    return "task" in more or "tuned_for" in more
 
 
 def official_state(model: nn.Module, *, text_layers: int, prefix: str = "") -> dict[str, Tensor]:

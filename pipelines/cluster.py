@@ -60,6 +60,25 @@ def pick_device(asked: str) -> str:
     return "cuda" if asked != "cpu" and num_gpus else "cpu"
 
 
+def check_actors(actors: int, device: str, *, cpus_left: float = 0) -> None:
+    """Refuse more actors than there are GPUs, or CPUs less those that are `cpus_left` to decoding.
+
+    They would wait for ever.
+
+    Raises:
+        InputError: so many do not fit.
+    """
+    have = ray.cluster_resources()
+    room = have.get("GPU", 0) if device == "cuda" else have.get("CPU", 0) - cpus_left
+    if actors > room:
+        decoding = ", one of which decodes pictures" if cpus_left else ""
+        what = "GPUs" if device == "cuda" else f"CPUs{decoding}"
+        total = have.get("GPU" if device == "cuda" else "CPU", 0)
+        raise InputError(
+            f"--actors {actors}: Ray has {total:g} {what}. Take at most {max(1, int(room))}."
+        )
+
+
 def _guard_local_ray() -> None:
     # Ray listens on the machine's own address and asks for a token by default. Without this one it
     # would write a file into the home folder, which later turns authentication on for clusters

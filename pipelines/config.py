@@ -16,6 +16,9 @@ from albef_core.config import (
 )
 from albef_core.errors import InputError
 
+Protocol = Literal["zero-shot", "zero-shot-after-coco", "fine-tuned"]
+"""What a model that is evaluated on retrieval has learned from, beside its pre-training: nothing,
+COCO's pairs (the paper's Table 3), or pairs such as those it is evaluated on."""
 TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
 """What a pre-trained model can be fine-tuned for."""
 
@@ -290,10 +293,20 @@ class EvaluateConfig(EvaluationConfig):
 
     top_k: int = 128
     """Candidates per query that ITM re-ranks. The paper: 128 on Flickr30k, 256 on COCO."""
+    sweep_k: bool = False
+    """Also measure with 1, 2, 4, ... candidates, up to --top-k, from the same judgments: accuracy
+    against cost."""
+    protocol: Protocol | None = None
+    """What the model was fine-tuned on. Default: what its folder says; an official checkpoint does
+    not say."""
+    image_size: int | None = None
+    """Height and width of the pictures in pixels. Default: the model's."""
+    resize_positions: bool = False
+    """Allow another --image-size than the model's: its position embeddings are interpolated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "top_k")
+        check_counts(self, "top_k", "image_size")
 
 
 @dataclass(frozen=True, kw_only=True)

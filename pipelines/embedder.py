@@ -16,11 +16,10 @@ from torch import Tensor
 from albef_core.batch import normalize
 from albef_core.captions import clean_caption
 from albef_core.config import ModelConfig
-from albef_core.errors import InputError
 from albef_core.tasks.retrieval import EncodedImages, EncodedTexts, encode_texts, itm_logits
 from albef_core.weights import LoadedModel, apply_weights, load_model
 from pipelines.checkpoint import TEACHER_FILE, read_moving
-from pipelines.cluster import connect, pick_device
+from pipelines.cluster import check_actors, connect, pick_device
 from pipelines.manifest import Manifest, RowGroup, read_row_group
 from pipelines.pictures import DECODE_CPUS, Block, decoded, hold_order
 
@@ -74,7 +73,7 @@ def embedded_tables(
     """
     connect()
     device = pick_device(embedding.device)
-    _check_room(embedding.actors, device)
+    check_actors(embedding.actors, device, cpus_left=DECODE_CPUS)
     encoder: Any = Encoder
     dataset = decoded(manifest, groups, image_size=config.image_size).map_batches(
         encoder,
@@ -91,18 +90,6 @@ def embedded_tables(
     hold_order(dataset, block_bytes=manifest.rows_per_group * 3 * config.image_size**2)
     tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return iter(tables)
-
-
-def _check_room(actors: int, device: str) -> None:
-    """Refuse what would wait for ever."""
-    have = ray.cluster_resources()
-    room = have.get("GPU", 0) if device == "cuda" else have.get("CPU", 0) - DECODE_CPUS
-    if actors > room:
-        what = "GPUs" if device == "cuda" else "CPUs, one of which decodes pictures"
-        total = have.get("GPU" if device == "cuda" else "CPU", 0)
-        raise InputError(
-            f"--actors {actors}: Ray has {total:g} {what}. Take at most {max(1, int(room))}."
-        )
 
 
 class Encoder:

@@ -1,34 +1,68 @@
-"""A model on a task, with intervals and the chance level: zero-shot image-text retrieval."""
+"""A model on image-text retrieval under a named protocol, with intervals and the chance level."""
 
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
+import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
 
 from albef_core.captions import clean_caption
+from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate, retrieval_metrics
+from albef_core.preprocess import decode_image
+from albef_core.tasks.retrieval import wanted_pairs
+from albef_core.weights import is_fine_tuned
 from pipelines import tracking
-from pipelines.cluster import pick_device
-from pipelines.config import EvaluateConfig
+from pipelines.cluster import check_actors, pick_device
+from pipelines.config import EvaluateConfig, Protocol
 from pipelines.config_file import write_config
-from pipelines.judge import Judge, Scores
+from pipelines.judge import Judges
 from pipelines.manifest import Manifest, read_columns, read_manifest
 from pipelines.model_store import find_model, is_model_uri
+from pipelines.pairs import open_corpus
 from pipelines.pictures import decoded_blocks
 from pipelines.report import recall_figure
+from pipelines.retrieval_findings import (
+    Case,
+    Direction,
+    Judged,
+    SweepPoint,
+    caption_slices,
+    find_cases,
+    sweep,
+)
+from pipelines.retrieval_report import recall_against_k_figure, retrieval_cases_figure
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all (0: not known)."""
-POLL_S = 0.5
+NUM_CASES = 3
+"""Of each direction, on the page of the worst and on that of the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedCase:
+    """A query and what came first, by their names in the corpus."""
+
+    direction: Direction
+    image_id: str
+    """The query, or the image of the query."""
+    text: str
+    """The query, or of the image's own texts the first."""
+    found_image_id: str
+    """What came first, or the image of the text that did."""
+    found_text: str
+    """The text that came first; "" where the query is a text."""
+    match: float
+    """ITM's probability of what came first."""
+    rank: int
+    """Of what is true; 0 is first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +74,9 @@ class RetrievalResult:
     corpus_name: str
     """The corpus folder's own name: metrics are logged under it."""
     corpus_id: str
+    protocol: Protocol
+    image_size: int
+    """Height and width of the pictures in pixels."""
     metrics: dict[str, dict[str, Estimate]]
     """By stage, `itc` alone and `itm` over the top k: `tr_r1` to `ir_r10`, and `mean_recall`."""
     top_k: int
@@ -47,6 +84,14 @@ class RetrievalResult:
     """Pictures that were queries and candidates."""
     num_texts: int
     """Captions that were queries and candidates."""
+    num_pairs: int
+    """Pairs that ITM judged: one wanted both ways counts once."""
+    slices: dict[str, dict[str, Estimate]]
+    """`ir_r1`, `ir_r5` and `ir_r10` by ITM, of short, medium and long captions."""
+    sweep: tuple[SweepPoint, ...]
+    """Mean recall against the number of candidates, where `--sweep-k` asks for it."""
+    cases: dict[str, list[NamedCase]]
+    """`worst` and `best`: where the model is surest of what it puts first, and wrong or right."""
     undecodable: tuple[str, ...]
     """Ids of pictures that do not decode; left out with their captions."""
     without_text: tuple[str, ...]
@@ -74,27 +119,28 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Measure retrieval on a corpus by ITC alone and with ITM re-ranking (ALBEF section 5).
 
-    Ray tasks decode the pictures, one Ray actor runs the model; Ray must be connected. The metrics
+    Ray tasks decode the pictures, Ray actors run the model; Ray must be connected. The metrics
     go into the MLflow run that made the model where that is known, else into a run of their own.
 
     Raises:
-        InputError: model or corpus is absent or damaged, or nothing in the corpus can be used.
+        InputError: model or corpus is absent or damaged, protocol or resolution are not the
+            model's, or nothing in the corpus can be used.
     """
     clock = _Clock()
     manifest = read_manifest(config.corpus)
     folder = find_model("--model", config.model)
+    protocol = protocol_of(config, folder)
     seen = _examine(config, manifest, folder, clock, on_progress)
-    image_of_text = np.repeat(np.arange(len(seen.shown)), [len(row.texts) for row in seen.shown])
+    judged, random = seen.judged, {"num_resamples": config.bootstrap, "seed": config.seed}
+    owner, scores = judged.image_of_text, judged.scores(config.top_k)
     metrics = {
-        stage: retrieval_metrics(
-            image_to_text,
-            text_to_image,
-            image_of_text,
-            num_resamples=config.bootstrap,
-            seed=config.seed,
-        )
-        for stage, (image_to_text, text_to_image) in seen.scores.items()
+        "itc": retrieval_metrics(judged.similarity, judged.similarity, owner, **random),
+        "itm": retrieval_metrics(*scores, owner, **random),
     }
+    texts = [text for row in seen.shown for text in row.texts]
+    cases = find_cases(judged, scores, num=NUM_CASES)
+    slices = caption_slices(scores[1], owner, texts, **random)
+    points = sweep(judged, top_k=config.top_k, **random) if config.sweep_k else []
     clock.stop("metrics")
     run, is_new = _open_run(config, folder, manifest)
     result = RetrievalResult(
@@ -102,10 +148,19 @@ def evaluate_retrieval(
         corpus=str(config.corpus),
         corpus_name=tracking.metric_name(config.corpus.resolve().name),
         corpus_id=manifest.content_id,
+        protocol=protocol,
+        image_size=seen.image_size,
         metrics=metrics,
         top_k=config.top_k,
         num_images=len(seen.shown),
-        num_texts=len(image_of_text),
+        num_texts=len(texts),
+        num_pairs=len(judged.pairs),
+        slices=slices,
+        sweep=tuple(points),
+        cases={
+            name: [_named(case, seen.shown, texts, owner) for case in some]
+            for name, some in cases.items()
+        },
         undecodable=seen.undecodable,
         without_text=tuple(row.image_id for row in seen.rows if not row.texts),
         num_empty_captions=sum(row.num_empty for row in seen.rows),
@@ -114,7 +169,7 @@ def evaluate_retrieval(
         tracking_uri=run.uri,
         run_id=run.run_id,
     )
-    _log(result, config, run, is_new=is_new)
+    _log(result, config, run, is_new=is_new, row_of={r.image_id: r.number for r in seen.shown})
     if config.json is not None:
         result.write(config.json)
     return result
@@ -124,6 +179,8 @@ def evaluate_retrieval(
 class _Row:
     """One image of the corpus, and what is left of its captions."""
 
+    number: int
+    """Its place in the corpus."""
     image_id: str
     texts: list[str]
     num_empty: int
@@ -138,8 +195,8 @@ class _Seen:
     shown: list[_Row]
     """Those with a text and a picture that decodes: the queries and candidates."""
     undecodable: tuple[str, ...]
-    scores: dict[str, Scores]
-    """By stage."""
+    image_size: int
+    judged: Judged
 
 
 class _Clock:
@@ -161,18 +218,16 @@ def _examine(
     clock: _Clock,
     on_progress: OnProgress,
 ) -> _Seen:
-    """Start the model's actor, let it see and read the corpus, and take its scores."""
+    """Start the models' actors, let them see and read the corpus, and take what they judge."""
     device = pick_device(config.device)
-    judge: Any = (
-        ray.remote(Judge)
-        .options(num_cpus=1, num_gpus=int(device == "cuda"), max_concurrency=2)
-        .remote(device, config.batch_size)
-    )
+    check_actors(config.actors, device)
+    judges = Judges(config.actors, device=device, batch_size=config.batch_size)
     try:
-        model_config, text_config = _get(judge.load.remote(str(folder)))
+        sizes, text_config = judges.load(folder)
+        image_size = resolution_of(config, sizes)
         rows = _read_rows(manifest, max_words=text_config.max_words)
         clock.stop("load")
-        is_decoded = _show(judge, manifest, rows, model_config.image_size, on_progress)
+        is_decoded = _show(judges, manifest, rows, image_size, on_progress)
         clock.stop("images")
         shown = [
             row for row, decoded in zip(rows, is_decoded, strict=True) if row.texts and decoded
@@ -182,14 +237,92 @@ def _examine(
                 f"{config.corpus}: none of its {len(rows)} pictures decodes and has a caption."
                 " Evaluate on another corpus."
             )
-        _get(judge.read.remote([text for row in shown for text in row.texts]))
+        text_features = judges.read([text for row in shown for text in row.texts])
         clock.stop("texts")
-        scores = _score(judge, config.top_k, on_progress)
+        similarity = judges.image_features() @ text_features.T
+        pairs = wanted_pairs(torch.from_numpy(similarity), top_k=config.top_k).numpy()
+        logits = judges.judge(pairs, on_pairs=partial(on_progress, "pairs"))
+        if num_bad := int((~np.isfinite(logits)).any(axis=1).sum()):
+            raise InputError(
+                f"--model {config.model}: ITM gives no number for {num_bad} of {len(pairs)} pairs:"
+                " its training has diverged, or its weights are damaged. Take an earlier model."
+            )
         clock.stop("scores")
     finally:
-        ray.kill(judge)
+        judges.end()
     undecodable = (row.image_id for row, ok in zip(rows, is_decoded, strict=True) if not ok)
-    return _Seen(rows=rows, shown=shown, undecodable=tuple(undecodable), scores=scores)
+    return _Seen(
+        rows=rows,
+        shown=shown,
+        undecodable=tuple(undecodable),
+        image_size=image_size,
+        judged=Judged(
+            similarity=similarity,
+            pairs=pairs,
+            logits=logits,
+            image_of_text=np.repeat(np.arange(len(shown)), [len(row.texts) for row in shown]),
+        ),
+    )
+
+
+def protocol_of(config: EvaluateConfig, folder: Path) -> Protocol:
+    """Name the protocol: what the model's folder tells, or what the user says.
+
+    Raises:
+        InputError: the two contradict each other, or neither says anything.
+    """
+    if folder.is_file():
+        if config.protocol is None:
+            raise InputError(
+                f"--model {config.model}: an official checkpoint does not say what it was"
+                " fine-tuned on. Add --protocol zero-shot (nothing), zero-shot-after-coco, or"
+                " fine-tuned (pairs as those of --corpus)."
+            )
+        return config.protocol
+    is_tuned = is_fine_tuned(folder)
+    said = config.protocol or ("fine-tuned" if is_tuned else "zero-shot")
+    if is_tuned != (said != "zero-shot"):
+        raise InputError(
+            f"--protocol {said}: --model {config.model} is"
+            f" {'' if is_tuned else 'not '}fine-tuned, as its config.json says."
+            " Leave the flag out, or evaluate another model."
+        )
+    return said
+
+
+def resolution_of(config: EvaluateConfig, sizes: ModelConfig) -> int:
+    """Choose the resolution in pixels; the image encoder interpolates its positions to any.
+
+    Raises:
+        InputError: it is not the model's, and that was not asked for; or patches do not fill it.
+    """
+    size = config.image_size or sizes.image_size
+    if size != sizes.image_size and not config.resize_positions:
+        raise InputError(
+            f"--image-size {size}: --model {config.model} is for {sizes.image_size} pixels."
+            " Leave the flag out, or add --resize-positions to interpolate its position"
+            " embeddings."
+        )
+    if size % sizes.patch_size:
+        raise InputError(
+            f"--image-size {size}: patches of {sizes.patch_size} pixels do not fill it."
+            f" Take a multiple of {sizes.patch_size}."
+        )
+    return size
+
+
+def _named(case: Case, shown: list[_Row], texts: list[str], owner: NDArray[np.int64]) -> NamedCase:
+    is_text = case.direction == "image to text"
+    found_image = owner[case.found] if is_text else case.found
+    return NamedCase(
+        direction=case.direction,
+        image_id=shown[case.image].image_id,
+        text=texts[case.text],
+        found_image_id=shown[found_image].image_id,
+        found_text=texts[case.found] if is_text else "",
+        match=case.match,
+        rank=case.rank,
+    )
 
 
 def _read_rows(manifest: Manifest, *, max_words: int) -> list[_Row]:
@@ -199,49 +332,28 @@ def _read_rows(manifest: Manifest, *, max_words: int) -> list[_Row]:
         for image_id, captions in zip(*columns, strict=True):
             cleaned = [clean_caption(raw, max_words=max_words) for raw in captions]
             texts = [text for text in cleaned if text]
-            rows.append(_Row(image_id, texts, len(cleaned) - len(texts)))
+            rows.append(_Row(len(rows), image_id, texts, len(cleaned) - len(texts)))
     return rows
 
 
 def _show(
-    judge: Any, manifest: Manifest, rows: list[_Row], image_size: int, on_progress: OnProgress
+    judges: Judges, manifest: Manifest, rows: list[_Row], image_size: int, on_progress: OnProgress
 ) -> NDArray[np.bool_]:
-    """Let the model see every picture that decodes and has text; tell which rows decode."""
+    """Let the models see every picture that decodes and has text; tell which rows decode."""
     has_text = np.array([bool(row.texts) for row in rows])
     is_decoded = np.zeros(len(rows), dtype=bool)
-    _get(judge.expect.remote(int(has_text.sum())))
-    num_seen, encoding = 0, None
+    judges.expect(int(has_text.sum()))
+    num_seen = 0
     for block in decoded_blocks(manifest, image_size=image_size):
         places = slice(num_seen, num_seen + len(block["image_id"]))
         ids = [row.image_id for row in rows[places]]
         assert block["image_id"].tolist() == ids, "blocks arrive whole and in order"
         is_decoded[places] = block["is_decoded"]
-        if encoding is not None:
-            _get(encoding)  # the tasks hold back while one block waits for the model
-        encoding = judge.show.remote(block["image"][(is_decoded & has_text)[places]])
+        judges.show(block["image"][(is_decoded & has_text)[places]])
         num_seen = places.stop
         on_progress("images", num_seen, len(rows))
     assert num_seen == len(rows), f"{len(rows) - num_seen} rows of the corpus never came"
-    if encoding is not None:
-        _get(encoding)
     return is_decoded
-
-
-def _score(judge: Any, top_k: int, on_progress: OnProgress) -> dict[str, Scores]:
-    scores = judge.score.remote(top_k)
-    while not ray.wait([scores], timeout=POLL_S)[0]:
-        on_progress("pairs", *_get(judge.progress.remote()))
-    return _get(scores)
-
-
-def _get(reference: Any) -> Any:
-    """Fetch a remote result; the user's mistake arrives as it was raised there."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
 
 
 def _open_run(
@@ -263,9 +375,17 @@ def _with_absolute_names(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _log(
-    result: RetrievalResult, config: EvaluateConfig, run: tracking.RunHandle, *, is_new: bool
+    result: RetrievalResult,
+    config: EvaluateConfig,
+    run: tracking.RunHandle,
+    *,
+    is_new: bool,
+    row_of: Mapping[str, int],
 ) -> None:
-    """Log the re-ranked metrics as `eval/<corpus>/...`, those by ITC as `eval/<corpus>/itc/...`."""
+    """Log the re-ranked metrics as `eval/<corpus>/...`, those by ITC as `eval/<corpus>/itc/...`.
+
+    The protocol is a tag, `eval.<corpus>.protocol`: many evaluations may share the run.
+    """
     folder = f"eval/{result.corpus_name}"
     points: dict[str, float] = {}
     for stage, prefix in (("itm", folder), ("itc", f"{folder}/itc")):
@@ -277,12 +397,26 @@ def _log(
         points[f"{folder}/{name}_chance"] = estimate.chance
     tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
+    tracker.tag(f"eval.{result.corpus_name}.protocol", result.protocol)
     tracker.log_dict(asdict(result), f"{folder}/retrieval.json")
     with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
         # Not config.json: in a training's run that is the training's.
         write_config(_with_absolute_names(config), Path(scratch) / "evaluate.json")
         tracker.log_artifact(Path(scratch) / "evaluate.json", f"{folder}/evaluate.json")
     tracker.log_figure(recall_figure(result.metrics), f"{folder}/recall.png")
+    if result.sweep:
+        by_itc = result.metrics["itc"]["mean_recall"]
+        tracker.log_figure(recall_against_k_figure(result.sweep, by_itc), f"{folder}/sweep.png")
+    corpus = open_corpus(config.corpus.absolute())
+    for name, cases in result.cases.items():
+        pictures = [
+            (
+                decode_image(corpus.read(row_of[case.image_id]).image),
+                decode_image(corpus.read(row_of[case.found_image_id]).image),
+            )
+            for case in cases
+        ]
+        tracker.log_figure(retrieval_cases_figure(name, cases, pictures), f"{folder}/{name}.png")
     if is_new:
         tracker.finish()
     else:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from albef_core.captions import length_name
 from albef_core.errors import InputError
 from albef_core.metrics import RIGHT_IOU, Estimate, box_overlap, mean_estimate
 from albef_core.preprocess import decode_image, resize_square
 from albef_core.weights import LoadedModel, load_model
 from pipelines import tracking
 from pipelines.annotations import Box
-from pipelines.cluster import pick_device
+from pipelines.cluster import check_actors, pick_device
 from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import write_config
-from pipelines.evaluate_task import MEDIUM, SHORT
 from pipelines.explain_report import Found, found_figure, grounding_figure, sweep_figure
 from pipelines.expressions import Expression, collect_expressions
 from pipelines.grounder import (
@@ -33,6 +33,7 @@ from pipelines.grounder import (
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model, is_model_uri
 from pipelines.pairs import open_corpus
+from pipelines.pictures import DECODE_CPUS
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all."""
@@ -249,6 +250,8 @@ def _ground(
     on_progress: OnProgress,
 ) -> Block:
     """Look for all expressions, checked to come whole and in order; one array a column."""
+    device = pick_device(config.device)
+    check_actors(config.actors, device, cpus_left=DECODE_CPUS)
     blocks: list[Block] = []
     for block in grounded_blocks(
         expressions,
@@ -258,7 +261,7 @@ def _ground(
         lenses=lenses,
         batch_size=config.batch_size,
         actors=config.actors,
-        on_gpu=pick_device(config.device) == "cuda",
+        on_gpu=device == "cuda",
     ):
         blocks.append(block)
         on_progress("expressions", int(block["number"][-1]) + 1, len(expressions))
@@ -283,10 +286,8 @@ def _grounding(expression: Expression, scores: Mapping[str, Any], best: int) -> 
 
 
 def _slices_of(expression: Expression, box_share: float) -> tuple[str, str]:
-    words = len(expression.text.split())
-    length = "short" if words <= SHORT else "medium" if words <= MEDIUM else "long"
     size = "small" if box_share <= SMALL_BOX else "medium" if box_share <= MEDIUM_BOX else "large"
-    return f"{length} expression", f"{size} box"
+    return f"{length_name(expression.text)} expression", f"{size} box"
 
 
 def _cases(

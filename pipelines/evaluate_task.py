@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from albef_core.captions import length_name
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate, mean_estimate
 from albef_core.preprocess import decode_image
@@ -20,13 +21,14 @@ from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import Answering
 from albef_core.tasks.vqa_answers import check_answers
 from pipelines import tracking
-from pipelines.cluster import pick_device
+from pipelines.cluster import check_actors, pick_device
 from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
 from pipelines.examples import collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
+from pipelines.pictures import DECODE_CPUS
 from pipelines.predictor import predicted_blocks
 from pipelines.scoring import score_answers, truths_of
 from pipelines.task_report import Case, cases_figure, slices_figure
@@ -34,8 +36,6 @@ from pipelines.task_report import Case, cases_figure, slices_figure
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all."""
 NUM_CASES = 6
-SHORT, MEDIUM = 5, 10
-"""Words up to which a text is short, and medium."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +200,8 @@ def _predict(
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     """Predict all examples, checked to come whole and in order."""
+    device = pick_device(config.device)
+    check_actors(config.actors, device, cpus_left=DECODE_CPUS)
     blocks = predicted_blocks(
         examples,
         corpus=config.corpus.absolute(),
@@ -208,7 +210,7 @@ def _predict(
         has_two_pictures=loaded.task == "nlvr2",
         batch_size=config.batch_size,
         actors=config.actors,
-        on_gpu=pick_device(config.device) == "cuda",
+        on_gpu=device == "cuda",
         answering=Answering(
             top_k=config.top_k, is_open=config.answers == "open", num_beams=config.num_beams
         ),
@@ -235,9 +237,7 @@ def _score(
 
 
 def _slices_of(kind: str, text: str) -> tuple[str, ...]:
-    words = len(text.split())
-    length = "short" if words <= SHORT else "medium" if words <= MEDIUM else "long"
-    return (f"{length} text", *([kind] if kind else []))
+    return (f"{length_name(text)} text", *([kind] if kind else []))
 
 
 def _log(

@@ -10,6 +10,7 @@ from pipelines.evaluate_grounding import GroundingResult, evaluate_grounding
 from pipelines.evaluate_task import TaskResult, evaluate_task
 from pipelines.explain_report import grounding_table, sweep_table
 from pipelines.report import summary_table
+from pipelines.retrieval_report import recall_against_k_table, slices_table
 from pipelines.task_report import task_table
 
 
@@ -26,7 +27,8 @@ def evaluate(
     """
     if isinstance(config, EvaluateConfig):
         retrieved = evaluate_retrieval(config, on_progress=on_progress)
-        return retrieved, [summary_table(retrieved)]
+        curve = [recall_against_k_table(retrieved)] if retrieved.sweep else []
+        return retrieved, [*curve, slices_table(retrieved), summary_table(retrieved)]
     if isinstance(config, EvaluateGroundingConfig):
         grounded = evaluate_grounding(config, on_progress=on_progress)
         sweep = [sweep_table(grounded)] if grounded.sweep else []

@@ -122,4 +122,5 @@ class PairTask:
             text_config=self._loaded.text_config,
             recipe=self._config.recipe,
             tokenizer=self._loaded.tokenizer,
+            tuned_for=self._config.task,
         )

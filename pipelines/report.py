@@ -202,8 +202,8 @@ def recall_figure(stages: Mapping[str, Mapping[str, Estimate]]) -> Figure:
 def summary_table(result: "RetrievalResult") -> Table:
     """Lay out an evaluation for the terminal: each metric with interval and chance, in percent."""
     table = Table(
-        title=f"Retrieval on {result.corpus_name}: {result.num_images:,} pictures,"
-        f" {result.num_texts:,} captions"
+        title=f"Retrieval, {result.protocol}, on {result.corpus_name}:"
+        f" {result.num_images:,} pictures, {result.num_texts:,} captions"
     )
     table.add_column("metric")
     for stage in result.metrics:

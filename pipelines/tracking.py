@@ -202,6 +202,10 @@ class Tracker:
         """Add what `unsent` gave to a checkpoint, before the steps after it are logged."""
         self._add([Metric(p["key"], float(p["value"]), p["timestamp"], p["step"]) for p in points])
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._outbox.put(lambda: self._client.set_tag(self.handle.run_id, key, value))
+
     def log_figure(self, figure: Figure, path: str) -> None:
         """Store a figure as the artifact `path` (`.png`, `.pdf` or `.svg`)."""
         file = self._new_file(path)

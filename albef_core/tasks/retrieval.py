@@ -20,6 +20,12 @@ from albef_core.pretraining import Place, Sampler, contrast, encode, match
 from albef_core.teacher import Teacher
 
 OnPairs = Callable[[int, int], None]
+BLOCK_BYTES = 256 * 2**20
+"""Keys and values that ITM holds at once: those of twelve images at full size (384 px, float32).
+
+With the paper's 128 candidates these meet thousands of captions, enough for batches of one length;
+beside the tokens of all images it is little, on a GPU too.
+"""
 
 
 def retrieval_step(
@@ -137,20 +143,31 @@ def itm_logits(
 ) -> Float[Tensor, "P 2"]:
     """Let the matching head judge pairs of (image, text) positions; class 1 is a match.
 
-    At most `batch_size` pairs are in memory at a time. `on_pairs` hears how many are done and
-    wanted.
+    Images go through in blocks: a block's keys and values are made once, not once a pair, and its
+    pairs are fused by the length of their texts, so that next to no padding is computed. At most
+    `batch_size` pairs, and `BLOCK_BYTES` of keys and values, are in memory at a time. `on_pairs`
+    hears how many are done and wanted.
     """
-    logits = [torch.empty(0, 2, device=texts.tokens.device, dtype=texts.tokens.dtype)]
+    logits = texts.tokens.new_empty(len(pairs), 2)
+    encoder, lengths = model.multimodal_encoder, texts.attention_mask.sum(dim=1)
+    num_numbers = 2 * len(encoder.layers) * images.tokens.shape[1] * texts.tokens.shape[2]
+    per_block = max(1, BLOCK_BYTES // (num_numbers * images.tokens.element_size()))
+    shown, place = pairs[:, 0].unique(return_inverse=True)
+    block = place // per_block
+    by_length = (block * (1 + texts.tokens.shape[1]) + lengths[pairs[:, 1]]).argsort(stable=True)
     num_done = 0
-    for batch in pairs.split(batch_size):
-        image, text = batch.unbind(dim=1)
-        mask = texts.attention_mask[text]
-        length = int(mask.sum(dim=1).max())  # captions end before the longest of all of them does
-        fused = model.fuse(texts.tokens[text, :length], mask[:, :length], images.tokens[image])
-        logits.append(model.itm_head(fused[:, 0]))
-        num_done += len(batch)
-        on_pairs(num_done, len(pairs))
-    return torch.cat(logits)
+    for number, rows_of_block in enumerate(by_length.split(block.bincount().tolist())):
+        first = number * per_block
+        projected = encoder.project(images.tokens[shown[first : first + per_block]])
+        for rows in rows_of_block.split(batch_size):
+            text = pairs[rows, 1]
+            mask = texts.attention_mask[text, : int(lengths[text[-1]])]  # the last is the longest
+            tokens = texts.tokens[text, : mask.shape[1]]
+            fused = encoder.fuse(tokens, mask, projected, place[rows] - first)
+            logits[rows] = model.itm_head(fused[:, 0])
+            num_done += len(rows)
+            on_pairs(num_done, len(pairs))
+    return logits
 
 
 def candidates(similarity: Float[Tensor, "I T"], *, top_k: int, dim: int) -> Bool[Tensor, "I T"]:
@@ -176,15 +193,30 @@ def rerank(
     directions is fused once.
     """
     similarity = itc_similarity(images, texts)
+    pairs = wanted_pairs(similarity, top_k=top_k)
+    logits = itm_logits(model, images, texts, pairs, batch_size=batch_size, on_pairs=on_pairs)
+    matched = torch.full_like(similarity, torch.nan)
+    matched[tuple(pairs.T)] = logits[:, 1]
+    return rank_judged(similarity, matched, top_k=top_k)
+
+
+def wanted_pairs(similarity: Float[Tensor, "I T"], *, top_k: int) -> Int[Tensor, "P 2"]:
+    """List the pairs that re-ranking judges: each query's `top_k`, one wanted both ways once."""
     for_text = candidates(similarity, top_k=top_k, dim=1)
-    for_image = candidates(similarity, top_k=top_k, dim=0)
-    wanted = for_text | for_image
-    logits = itm_logits(
-        model, images, texts, wanted.nonzero(), batch_size=batch_size, on_pairs=on_pairs
-    )
-    # Doubles, so that shifting the similarities below the logits cannot merge two of them.
-    matched = torch.zeros_like(similarity, dtype=torch.float64)
-    matched[wanted] = logits[:, 1].double()
+    return (for_text | candidates(similarity, top_k=top_k, dim=0)).nonzero()
+
+
+def rank_judged(
+    similarity: Float[Tensor, "I T"], matched: Float[Tensor, "I T"], *, top_k: int
+) -> RetrievalScores:
+    """Put each query's `top_k` first, by `matched`, and the others below them, by `similarity`.
+
+    `matched` is NaN where nothing was judged; that must be what `wanted_pairs` gives for this
+    `top_k` or a larger one, so that judging once serves every smaller k.
+    """
+    # Of two candidates equally similar, the k-th and the next, the one that was judged.
+    similarity_of_judged = similarity.masked_fill(matched.isnan(), -torch.inf)
+    for_text, for_image = (candidates(similarity_of_judged, top_k=top_k, dim=dim) for dim in (1, 0))
     return RetrievalScores(
         image_to_text=_put_below(matched, similarity, is_judged=for_text, dim=1),
         text_to_image=_put_below(matched, similarity, is_judged=for_image, dim=0),
@@ -198,6 +230,8 @@ def _put_below(
     is_judged: Bool[Tensor, "I T"],
     dim: int,
 ) -> Float[Tensor, "I T"]:
+    # Doubles, so that shifting the similarities below the logits cannot merge two of them.
+    matched = matched.double()
     lowest = matched.masked_fill(~is_judged, torch.inf).amin(dim=dim, keepdim=True)
     # Cosines lie within 2 of each other: 3 puts the highest of them below the lowest logit.
     return torch.where(is_judged, matched, lowest - 3 + similarity.double())

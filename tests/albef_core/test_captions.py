@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albef_core.captions import clean_caption, clean_question
+from albef_core.captions import clean_caption, clean_question, length_name
 from tests.golden_folder import GOLDEN, needs_golden
 
 
@@ -59,3 +59,10 @@ def test_a_clean_caption_holds_no_dropped_character_and_few_words(raw, max_words
     assert not set(cleaned) & set(",.'!?\"()*#:;~-/")
     assert cleaned == "" or len(cleaned.split(" ")) <= max_words
     assert clean_caption(cleaned, max_words=max_words).split() == cleaned.split()
+
+
+@pytest.mark.parametrize(
+    ("num_words", "name"), [(1, "short"), (5, "short"), (6, "medium"), (10, "medium"), (11, "long")]
+)
+def test_lengths_have_names(num_words, name):
+    assert length_name(" ".join(["word"] * num_words)) == name

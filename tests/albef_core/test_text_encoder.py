@@ -125,3 +125,23 @@ def test_dropout_acts_in_training_only(tiny_config: ModelConfig, pairs: PairBatc
     judged = [model.encode_text(pairs.token_ids, pairs.attention_mask)[0] for _ in range(2)]
     assert not torch.equal(*trained)
     assert torch.equal(*judged)
+
+
+def test_images_projected_once_give_each_of_their_captions_the_same_tokens_and_gradients(
+    tiny_model: ALBEF, pairs: PairBatch
+) -> None:
+    image_of_row = torch.tensor([1, 0, 1, 1])
+    encoder, mask = tiny_model.multimodal_encoder, pairs.attention_mask
+    images, _ = tiny_model.encode_image(pairs.images[1:3])
+    texts, _ = tiny_model.encode_text(pairs.token_ids, mask)
+    images, texts = images.detach().requires_grad_(), texts.detach()
+    once = encoder.fuse(texts, mask, encoder.project(images), image_of_row)
+    each = encoder(texts, mask, images[image_of_row])
+    torch.testing.assert_close(once, each)
+    weights = dict(encoder.named_parameters())["layers.0.cross_attention.key.weight"]
+    for of_once, of_each in zip(
+        torch.autograd.grad(once.square().sum(), [images, weights]),
+        torch.autograd.grad(each.square().sum(), [images, weights]),
+        strict=True,
+    ):
+        torch.testing.assert_close(of_once, of_each, rtol=1e-4, atol=1e-5)  # sums in other order

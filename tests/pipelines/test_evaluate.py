@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -18,10 +19,10 @@ from albef_core.model import ALBEF
 from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itc_similarity, rerank
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import load_model, save_model
+from albef_core.weights import load_model, read_folder_config, save_model
 from pipelines.config import EvaluateConfig
 from pipelines.config_file import read_config
-from pipelines.evaluate import evaluate_retrieval
+from pipelines.evaluate import evaluate_retrieval, protocol_of, resolution_of
 from pipelines.manifest import read_columns, read_manifest
 from pipelines.report import summary_table
 from pipelines.tracking import open_run
@@ -76,6 +77,7 @@ def config(tmp_path_factory, corpus, model_folder):
             corpus=corpus,
             json=store / "out" / "result.json",
             top_k=TOP_K,
+            sweep_k=True,
             batch_size=7,
             bootstrap=50,
             device="cpu",
@@ -156,7 +158,9 @@ def test_a_model_without_a_run_is_logged_in_one_of_its_own(result):
     assert run.info.status == "FINISHED"
     folder = Path(run.info.artifact_uri.removeprefix("file://")) / "eval" / "held_out"
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["evaluate.json", "recall.png", "retrieval.json"]
+    pictures = ["best.png", "evaluate.json", "recall.png", "retrieval.json", "sweep.png"]
+    assert names == [*pictures, "worst.png"]
+    assert run.data.tags["eval.held_out.protocol"] == "zero-shot"
 
 
 def test_the_logged_config_starts_the_same_evaluation_from_any_folder(result, config):
@@ -172,23 +176,79 @@ def test_the_table_shows_each_metric_with_interval_and_chance(result):
     mean = result.metrics["itm"]["mean_recall"]
     assert f"{100 * mean.value:.1f}  ({100 * mean.low:.1f} - {100 * mean.high:.1f})" in printed
     assert f"ITM on the top {TOP_K}" in printed
+    assert "Retrieval, zero-shot, on held_out" in printed
     assert f"{100 * mean.chance:.1f}" in printed
 
 
-def test_a_model_from_a_run_is_logged_in_that_run(result, config, model_folder):
+def test_a_model_from_a_run_is_logged_in_that_run_and_two_actors_find_the_same(
+    result, config, model_folder
+):
     run = open_run("train", model_folder, run_name="training", params={}, tags={})
-    again = evaluate_retrieval(replace(config, json=None))
+    again = evaluate_retrieval(replace(config, json=None, actors=2))
     assert again.run_id == run.run_id
-    assert again.metrics == result.metrics
+    assert (again.metrics, again.slices) == (result.metrics, result.slices)
+    assert (again.sweep, again.num_pairs) == (result.sweep, result.num_pairs)
+    for name, cases in again.cases.items():
+        for case, expected in zip(cases, result.cases[name], strict=True):
+            assert case.match == pytest.approx(expected.match, rel=1e-5)
+            assert replace(case, match=0) == replace(expected, match=0)
     logged = MlflowClient(run.uri).get_run(run.run_id)
     assert logged.data.metrics["eval/held_out/tr_r1"] == again.metrics["itm"]["tr_r1"].value
     assert logged.info.status == "RUNNING"
 
 
-def test_a_damaged_model_is_one_line_from_the_actor(local_ray, config, tmp_path):
-    with pytest.raises(InputError, match=r"no config\.json") as caught:
+def test_a_damaged_model_is_one_line_from_the_actor(local_ray, config, model_folder, tmp_path):
+    shutil.copy(model_folder / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"model\.safetensors: no such file") as caught:
         evaluate_retrieval(replace(config, model=str(tmp_path)))
     assert "Traceback" not in str(caught.value)
+
+
+def test_more_actors_than_cpus_are_refused(local_ray, config):
+    with pytest.raises(InputError, match=r"--actors 3: Ray has 2 CPUs\. Take at most 2"):
+        evaluate_retrieval(replace(config, actors=3))
+
+
+def test_the_sweep_ends_in_the_headline_and_judges_no_pair_for_it_alone(result):
+    assert [point.top_k for point in result.sweep] == [1, 2, 4, TOP_K]
+    costs = [point.num_pairs for point in result.sweep]
+    assert costs == sorted(costs)
+    assert costs[-1] == result.num_pairs
+    assert result.sweep[-1].mean_recall == result.metrics["itm"]["mean_recall"]
+
+
+def test_a_folder_tells_its_protocol_and_no_flag_contradicts_it(config, model_folder, tmp_path):
+    tuned = tmp_path / "tuned"
+    shutil.copytree(model_folder, tuned)
+    body = json.loads((tuned / "config.json").read_text()) | {"tuned_for": "retrieval"}
+    (tuned / "config.json").write_text(json.dumps(body))
+    assert protocol_of(config, model_folder) == "zero-shot"
+    assert protocol_of(config, tuned) == "fine-tuned"
+    after_coco = replace(config, protocol="zero-shot-after-coco")
+    assert protocol_of(after_coco, tuned) == "zero-shot-after-coco"
+    with pytest.raises(InputError, match=r"--protocol zero-shot-after-coco: .* is not fine-tuned"):
+        protocol_of(after_coco, model_folder)
+    with pytest.raises(InputError, match=r"--protocol zero-shot: .* is fine-tuned"):
+        protocol_of(replace(config, protocol="zero-shot"), tuned)
+
+
+def test_an_official_checkpoint_needs_a_protocol_from_the_user(config, tmp_path):
+    official = tmp_path / "flickr30k.pth"
+    official.touch()
+    assert protocol_of(replace(config, protocol="fine-tuned"), official) == "fine-tuned"
+    with pytest.raises(InputError, match=r"does not say .* Add --protocol zero-shot"):
+        protocol_of(config, official)
+
+
+def test_another_resolution_is_taken_only_when_asked_for(config, model_folder):
+    sizes, *_ = read_folder_config(model_folder)
+    assert resolution_of(config, sizes) == 16
+    larger = replace(config, image_size=24)
+    with pytest.raises(InputError, match=r"--image-size 24: .* is for 16 pixels"):
+        resolution_of(larger, sizes)
+    assert resolution_of(replace(larger, resize_positions=True), sizes) == 24
+    with pytest.raises(InputError, match="--image-size 20: patches of 8 pixels do not fill it"):
+        resolution_of(replace(config, image_size=20, resize_positions=True), sizes)
 
 
 def test_an_absent_model_is_refused(local_ray, config):

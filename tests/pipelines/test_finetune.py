@@ -18,7 +18,7 @@ from albef_core.model import ALBEF
 from albef_core.tasks.folder import load_task
 from albef_core.tasks.predict import Answering, predict
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import load_model, save_model
+from albef_core.weights import is_fine_tuned, load_model, save_model
 from pipelines.config import EvaluateTaskConfig, FinetuneConfig
 from pipelines.evaluate_task import evaluate_task
 from pipelines.example_task import ExampleTask, weigh_answers
@@ -128,6 +128,8 @@ def test_a_task_starts_from_the_pretrained_weights_learns_and_is_kept(
     assert losses[-1] < losses[0]
     assert moved(made.teacher, theirs), "the teacher follows"
     made.save(tmp_path / "model", made.student)
+    assert is_fine_tuned(tmp_path / "model")
+    assert not is_fine_tuned(pretrained)
     loaded = load_model(tmp_path / "model") if task in ON_PAIRS else load_task(tmp_path / "model")
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(weight, dict(made.student.named_parameters())[name]), name

@@ -7,13 +7,17 @@ from safetensors.torch import load_file
 
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF
+from albef_core.tasks import retrieval
 from albef_core.tasks.retrieval import (
     EncodedImages,
+    EncodedTexts,
     candidates,
     encode_texts,
     itc_similarity,
     itm_logits,
+    rank_judged,
     rerank,
+    wanted_pairs,
 )
 from albef_core.weights import apply_weights, read_official
 from tests.albef_core.replay import sizes_of
@@ -73,7 +77,9 @@ def test_itc_similarity_is_a_cosine(images, texts):
     torch.testing.assert_close(similarity, expected)
 
 
-def test_itm_equals_judging_one_pair_at_a_time(model, images, texts):
+@pytest.mark.parametrize("block_bytes", [0, 6000, 2**30], ids=["one image", "two", "all"])
+def test_itm_equals_judging_one_pair_at_a_time(model, images, texts, monkeypatch, block_bytes):
+    monkeypatch.setattr(retrieval, "BLOCK_BYTES", block_bytes)
     pairs = torch.tensor([[0, 0], [4, 1], [2, 7], [2, 5], [1, 1]])
     logits = itm_logits(model, images, texts, pairs, batch_size=2)
     for (image, text), row in zip(pairs.tolist(), logits, strict=True):
@@ -125,6 +131,34 @@ def test_below_the_top_k_the_order_is_that_of_itc(model, images, texts, top_k, d
     for itc, itm in zip(by_itc.unbind(1 - dim), found.unbind(1 - dim), strict=True):
         assert itm[outside].tolist() == itc[outside].tolist()
         assert set(itm[inside].tolist()) == set(itc[inside].tolist())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_what_was_judged_for_a_large_k_serves_a_smaller_one(model, images, texts, top_k):
+    similarity = itc_similarity(images, texts)
+    pairs = wanted_pairs(similarity, top_k=4)
+    matched = torch.full_like(similarity, torch.nan)
+    matched[tuple(pairs.T)] = itm_logits(model, images, texts, pairs, batch_size=4)[:, 1]
+    found = rank_judged(similarity, matched, top_k=top_k)
+    expected = rerank(model, images, texts, top_k=top_k, batch_size=4)
+    torch.testing.assert_close(found.image_to_text, expected.image_to_text)
+    torch.testing.assert_close(found.text_to_image, expected.text_to_image)
+
+
+def test_equally_similar_candidates_never_lack_a_judgment(model, texts, images):
+    same = EncodedTexts(
+        tokens=texts.tokens[:1].expand(6, -1, -1),
+        attention_mask=texts.attention_mask[:1].expand(6, -1),
+        features=texts.features[:1].expand(6, -1),
+    )
+    similarity = itc_similarity(images, same)
+    matched = torch.full_like(similarity, torch.nan)
+    for_text = candidates(similarity, top_k=3, dim=1)
+    matched[for_text | candidates(similarity, top_k=3, dim=0)] = 1.0
+    for top_k in (1, 2, 3):
+        scores = rank_judged(similarity, matched, top_k=top_k)
+        assert (scores.image_to_text == 1).sum(dim=1).tolist() == [top_k] * NUM_IMAGES
+        assert not scores.image_to_text.isnan().any()
 
 
 @needs_golden
