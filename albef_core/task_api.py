@@ -7,6 +7,7 @@ Axis beside the package's own: C classes, or candidates of a question.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from albef_core.errors import InputError
 from albef_core.preprocess import resize_square
 from albef_core.tasks.folder import LoadedTask, TaskName, load_task
 from albef_core.tasks.predict import Answering, Predictions, predict
+from albef_core.tasks.vqa_answers import check_answers
 
 
 class FineTuned:
@@ -34,14 +36,25 @@ class FineTuned:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", batch_size: int = 32
+        cls,
+        source: str | Path,
+        *,
+        answers: Sequence[str] = (),
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
     ) -> "FineTuned":
-        """Load a fine-tuned run's model folder.
+        """Load a fine-tuned run's model folder, or an official checkpoint of a task.
+
+        `answers` is the closed list of a VQA model in place of its own; an official file has none.
 
         Raises:
-            InputError: nothing is there, or it is no such model.
+            InputError: nothing is there, it is no such model, or an answer comes twice.
         """
-        return cls(load_task(Path(source), device=device), batch_size=batch_size)
+        loaded = load_task(Path(source), device=device)
+        if answers:
+            check_answers(answers, source="answers")
+            loaded = replace(loaded, answers=tuple(answers))
+        return cls(loaded, batch_size=batch_size)
 
     def answer(
         self,
@@ -51,7 +64,13 @@ class FineTuned:
         answering: Answering | None = None,
     ) -> Predictions:
         """Answer a question about each image, from the model's list or in its own words (VQA)."""
-        return self._predict("vqa", [images], questions, answering or Answering())
+        answering = answering or Answering()
+        if self.loaded.task == "vqa" and not (self.loaded.answers or answering.is_open):
+            raise InputError(
+                "this model came without a list of answers, as official files do. Load it with"
+                " answers=[...], or ask with Answering(is_open=True)."
+            )
+        return self._predict("vqa", [images], questions, answering)
 
     def entail(self, images: Sequence[Picture], texts: Sequence[str]) -> Float32[np.ndarray, "B 3"]:
         """Give the probabilities of `tasks.labels.ENTAILMENT_LABELS`: does the text follow?"""

@@ -168,8 +168,6 @@ def evaluate_task(
 
 
 def _load(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
-    if not folder.is_dir():
-        raise InputError(f"--model {config.model}: is a file. Give a fine-tuned model's folder.")
     loaded = load_task(folder)
     if loaded.task != task:
         raise InputError(
@@ -180,7 +178,14 @@ def _load(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
 
 
 def _answer_list(config: EvaluateTaskConfig, loaded: LoadedTask) -> tuple[str, ...]:
-    if config.answer_list is None or loaded.task != "vqa":
+    if loaded.task != "vqa":
+        return ()
+    if config.answer_list is None:
+        if not loaded.answers and config.answers == "closed":
+            raise InputError(
+                f"--model {config.model}: an official file, which holds no list of answers. Pass"
+                " --answer-list FILE.json, a JSON list of answers, or --answers open."
+            )
         return ()
     try:
         listed = json.loads(config.answer_list.read_text(encoding="utf-8"))

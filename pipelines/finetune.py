@@ -119,16 +119,18 @@ def start_pairs(
 ) -> tuple[ALBEF, Teacher, WeightsReport]:
     """Build student and teacher of retrieval and grounding from a pre-trained ALBEF, or at random.
 
-    The teacher starts from the pre-trained teacher where the weights hold one.
+    Both without the MLM head, which these tasks do not train. The teacher starts from the
+    pre-trained teacher where the weights hold one.
 
     Raises:
         InputError: the weights do not fit.
     """
     student = ALBEF(config)
+    student.drop_mlm_head()
     if pretrained is None:
         return student, Teacher(config, student), random_start(student)
     own = {name: w for name, w in pretrained.items() if not name.startswith(("teacher.", "queues"))}
-    report = apply_weights(student, own, source=source, may_miss=("mlm_head.",))
+    report = apply_weights(student, own, source=source, may_add=("mlm_head.",))
     teacher = Teacher(config, student)
     theirs = {
         name.removeprefix("teacher."): weight
@@ -136,7 +138,7 @@ def start_pairs(
         if name.startswith("teacher.")
     }
     if theirs:
-        apply_weights(teacher, theirs, source=source, may_miss=("mlm_head.",))
+        apply_weights(teacher, theirs, source=source, may_add=("mlm_head.",))
     return student, teacher, report
 
 
