@@ -1,4 +1,4 @@
-"""A fine-tuned model for use from Python: answers, entailment, statements on two pictures.
+"""A fine-tuned model for use from Python: answers, entailment, texts on two pictures.
 
     vqa = FineTuned.load("runs/vqa/model")
     vqa.answer(["dog.jpg"], ["what is the dog chasing?"]).answers
@@ -24,7 +24,7 @@ from albef_core.tasks.vqa_answers import check_answers
 
 
 class FineTuned:
-    """A model that was fine-tuned for entailment, VQA or NLVR2. Make one with `load`.
+    """A model fine-tuned for entailment, VQA, NLVR2 or text assignment. Make one with `load`.
 
     At most `batch_size` examples are computed at a time. Every method raises InputError for a
     picture that cannot be read, for lists of different lengths, and for a model of another task.
@@ -81,6 +81,12 @@ class FineTuned:
     ) -> Float32[np.ndarray, " B"]:
         """Give the probability that each text is true of its two images (NLVR2)."""
         return self._predict("nlvr2", [lefts, rights], texts).probabilities[:, 1]
+
+    def assign(
+        self, lefts: Sequence[Picture], rights: Sequence[Picture], texts: Sequence[str]
+    ) -> Float32[np.ndarray, "B 3"]:
+        """Give the probabilities of `tasks.text_assignment.LABELS`: which image has each text?"""
+        return self._predict("text-assignment", [lefts, rights], texts).probabilities
 
     def _predict(
         self,

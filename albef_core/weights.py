@@ -196,9 +196,15 @@ def read_folder_config(
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
-def task_of_folder(folder: Path) -> str:
-    """Name the task that a model folder of ours is fine-tuned for; "" where it has ITC and ITM."""
-    *_, more = read_folder_config(folder)
+def task_of_model(source: Path) -> str:
+    """Name what a model folder or an official file is fine-tuned for; "" where it has ITC and ITM.
+
+    Raises:
+        InputError: it is no model, or damaged.
+    """
+    if source.is_file():
+        return task_of_state(read_official(source))
+    *_, more = read_folder_config(source)
     return more.get("task", "")
 
 

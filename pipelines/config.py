@@ -16,7 +16,7 @@ from albef_core.config import (
 )
 from albef_core.errors import InputError
 
-TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
+TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2", "text-assignment"]
 """What a pre-trained model can be fine-tuned for."""
 
 
@@ -225,7 +225,7 @@ class FinetuneConfig(TrainConfig):
     worth."""
     image_size: int | None = None
     """Height and width of the pictures in pixels. Default: 1.5 times that of --init, as the paper
-    goes from 256 to 384."""
+    goes from 256 to 384; text assignment keeps that of --init."""
     dropout: float | None = None
     """Share of numbers dropped in the text and the multimodal encoder. Default: that of --init."""
     max_words: int = 50

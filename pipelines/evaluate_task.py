@@ -172,7 +172,7 @@ def _load(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
     if loaded.task != task:
         raise InputError(
             f"--model {config.model}: is fine-tuned for {loaded.task}, not for {task}."
-            f" Evaluate it with jobs/evaluate.py {loaded.task}."
+            f" Give a model fine-tuned for {task}."
         )
     return loaded
 

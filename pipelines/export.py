@@ -17,7 +17,7 @@ from albef_core.weights import (
     apply_weights,
     load_model,
     save_official,
-    task_of_folder,
+    task_of_model,
 )
 from pipelines.checkpoint import TEACHER_FILE, read_moving
 from pipelines.model_store import find_model
@@ -53,7 +53,7 @@ def export(model: str, out: Path) -> Exported:
     folder = find_model("--model", model)
     if not folder.is_dir():
         raise InputError(f"--model {model}: is a file. Only model folders of ours are exported.")
-    task = task_of_folder(folder)
+    task = task_of_model(folder)
     loaded = load_task(folder) if task else load_model(folder)
     _check_heads(loaded.model_config, model)
     teacher, queues = _moving(folder / TEACHER_FILE, loaded.model, loaded.model_config)
@@ -100,8 +100,6 @@ def _moving(
     if not file.is_file():
         return None, None
     weights, own = read_moving(file)
-    if not weights:
-        return None, None  # text assignment distills nothing
     teacher = Teacher(config, student) if isinstance(student, ALBEF) else frozen_copy(student)
     apply_weights(teacher, weights, source=str(file))
     if not own:

@@ -12,6 +12,7 @@ from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
 from albef_core.tasks.entailment import EntailmentModel, start_entailment
 from albef_core.tasks.nlvr2 import Nlvr2Model, start_nlvr2
+from albef_core.tasks.text_assignment import AssignmentModel, start_assignment
 from albef_core.tasks.vqa import VqaModel, start_from_pretraining
 from albef_core.teacher import frozen_copy
 from albef_core.tokenizer import Tokenizer
@@ -27,11 +28,12 @@ from albef_core.weights import (
     write_folder,
 )
 
-TaskName = Literal["entailment", "vqa", "nlvr2"]
+TaskName = Literal["entailment", "vqa", "nlvr2", "text-assignment"]
 MODELS: dict[TaskName, type[nn.Module]] = {
     "entailment": EntailmentModel,
     "vqa": VqaModel,
     "nlvr2": Nlvr2Model,
+    "text-assignment": AssignmentModel,
 }
 """Tasks whose model is not a plain ALBEF."""
 QUESTION_WORDS = 50
@@ -60,8 +62,10 @@ def start_task(
     *,
     recipe: Recipe,
     source: str,
-) -> tuple[nn.Module, nn.Module, WeightsReport]:
+) -> tuple[nn.Module, nn.Module | None, WeightsReport]:
     """Build student and teacher of a task from a pre-trained ALBEF (ALBEF section 4).
+
+    NLVR2 may start from text assignment as well, which itself has no teacher.
 
     Args:
         task: which.
@@ -73,6 +77,11 @@ def start_task(
     Raises:
         InputError: the weights do not fit.
     """
+    if task == "text-assignment":
+        student = AssignmentModel(config)
+        if pretrained is None:
+            return student, None, random_start(student)
+        return student, None, start_assignment(student, pretrained, source=source)
     if pretrained is None:
         student = MODELS[task](config)
         return student, frozen_copy(student), random_start(student)
