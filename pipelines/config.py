@@ -298,6 +298,9 @@ class EvaluateTaskConfig(EvaluationConfig):
     """Questions: answers of the list that are read in full. The paper: 128."""
     num_beams: int = 1
     """Questions: beginnings kept while writing freely; 1 is greedy."""
+    predictions: Path | None = None
+    """Questions: write the answers to this JSON file, as the VQA server takes them, and score
+    nothing. For splits whose answers are not public."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

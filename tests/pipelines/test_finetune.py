@@ -19,6 +19,7 @@ from albef_core.tasks.folder import load_task
 from albef_core.tasks.predict import Answering, predict
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, save_model
+from pipelines.answer_file import write_answers
 from pipelines.assignment_task import AssignmentTask
 from pipelines.config import EvaluateTaskConfig, FinetuneConfig
 from pipelines.evaluate_task import evaluate_task
@@ -186,10 +187,34 @@ def test_examples_are_those_of_the_annotations_and_every_one_is_shown_once_an_ep
 
 
 def test_answers_weigh_what_their_share_of_annotators_is() -> None:
-    texts, weights, counts = weigh_answers([["red", "blue", "red", "red"], ["two"]])
-    assert texts == ["red", "blue", "two"]
-    assert weights == [0.75, 0.25, 1.0]
-    assert counts == [2, 1]
+    given = [["red", "blue", "red", "red"], ["two"], ["cat"]]
+    texts, weights, counts = weigh_answers(given, [1.0, 1.0, 0.5])
+    assert texts == ["red", "blue", "two", "cat"]
+    assert weights == [0.75, 0.25, 1.0, 0.5]
+    assert counts == [2, 1, 1]
+
+
+def corpus_of_questions(folder: Path, *questions: dict) -> Manifest:
+    """One picture with questions."""
+    said = {"annotations": json.dumps({"questions": list(questions)})}
+    return write_corpus(folder, [picture_row(0) | said], rows_per_shard=1, rows_per_group=1)
+
+
+def test_one_annotator_of_visual_genome_weighs_half_as_published(tmp_path: Path) -> None:
+    asked = {"question": "who?", "answers": ["anna"]}
+    manifest = corpus_of_questions(tmp_path, asked, asked | {"dataset": "vg"})
+    assert collect_examples(manifest, "vqa").table["weight"].to_pylist() == [1.0, 0.5]
+
+
+def test_questions_without_answers_are_counted_or_refused(tmp_path: Path) -> None:
+    asked = {"question": "who?", "answers": [], "id": 7}
+    both = corpus_of_questions(tmp_path / "both", asked, asked | {"answers": ["anna"], "id": "8"})
+    collected = collect_examples(both, "vqa")
+    assert collected.table["id"].to_pylist() == ['"8"']
+    assert collected.bad == {"no answer": 1}
+    alone = corpus_of_questions(tmp_path / "alone", asked)
+    with pytest.raises(InputError, match=r"nothing to learn or to score.*--predictions OUT\.json"):
+        collect_examples(alone, "vqa")
 
 
 def test_random_weights_are_taken_only_when_asked_for(
@@ -283,6 +308,20 @@ def test_questions_go_through_training_evaluation_and_mlflow(
     picture = shapes_picture(0, 0).encoded
     answer = served.predict(pd.DataFrame({"image": [picture], "text": ["what color is it?"]}))
     assert 0 <= answer["probability"][0] <= 1
+    asked = {"question": "what color is it?", "answers": []}
+    unscored = corpus_of_questions(tmp_path / "test", asked | {"id": 7}, asked | {"id": 9})
+    config = EvaluateTaskConfig(
+        model=str(result.model), corpus=unscored.folder, predictions=tmp_path / "out" / "said.json"
+    )
+    assert write_answers(config, on_progress=lambda *_: None).num_questions == 2
+    said = json.loads((tmp_path / "out" / "said.json").read_text())
+    assert [one["question_id"] for one in said] == [7, 9]
+    assert {one["answer"] for one in said} <= set(load_task(result.model).answers)
+    with pytest.raises(InputError, match="1 of its 1 questions have no id"):
+        write_answers(
+            dataclasses.replace(config, corpus=corpus_of_questions(tmp_path / "no", asked).folder),
+            on_progress=lambda *_: None,
+        )
     with pytest.raises(InputError, match="fine-tuned for vqa, not for entailment"):
         evaluate_task(
             "entailment", EvaluateTaskConfig(model=str(result.model), corpus=corpus.folder)
