@@ -10,7 +10,7 @@ from torch import nn
 from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from albef_core.tasks.entailment import EntailmentModel
-from albef_core.tasks.folder import MODELS, load_task
+from albef_core.tasks.folder import MODELS, TaskName, load_task
 from albef_core.tasks.nlvr2 import Nlvr2Model
 from albef_core.tasks.text_assignment import AssignmentModel
 from albef_core.tasks.vqa import VqaModel
@@ -50,10 +50,10 @@ def test_every_key_of_an_official_file_is_written_as_it_was(
 @pytest.fixture
 def official_file(
     tmp_path: Path, head_wide_config: ModelConfig, randomize: Callable
-) -> Callable[[str], tuple[Path, nn.Module]]:
+) -> Callable[[TaskName], tuple[Path, nn.Module]]:
     """Give a function that writes a task's official file, and the model that is in it."""
 
-    def write(task: str) -> tuple[Path, nn.Module]:
+    def write(task: TaskName) -> tuple[Path, nn.Module]:
         model = randomize(MODELS[task](head_wide_config))
         file = tmp_path / f"{task}.pth"
         teacher = None if task == "text-assignment" else frozen_copy(model)
@@ -66,7 +66,7 @@ def official_file(
 
 @pytest.mark.parametrize("task", MODELS)
 def test_an_official_file_is_read_for_the_task_whose_head_it_has(
-    task: str, official_file: Callable, head_wide_config: ModelConfig
+    task: TaskName, official_file: Callable, head_wide_config: ModelConfig
 ) -> None:
     file, model = official_file(task)
     loaded = load_task(file)
