@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
@@ -30,6 +31,7 @@ from pipelines.manifest import Manifest, read_captions
 from pipelines.pair_task import PairTask
 from pipelines.presets import FINETUNE, tiny
 from pipelines.shapes import shapes_picture
+from pipelines.task import Task
 from tests.conftest import picture_row, write_corpus
 
 NUM_IMAGES, BATCH = 60, 10
@@ -105,8 +107,8 @@ def test_a_task_starts_from_the_pretrained_weights_learns_and_is_kept(
     config = run_of(task, corpus, pretrained, tmp_path)
     collected = None if task == "text-assignment" else collect_examples(corpus, config.task)
     _, tags = prepare_task(config, collected, tmp_path / "start")
-    kinds = {"text-assignment": AssignmentTask} | dict.fromkeys(ON_PAIRS, PairTask)
-    made = kinds.get(task, ExampleTask)(config, tmp_path / "start", CPU)
+    kinds: dict[str, Any] = {"text-assignment": AssignmentTask} | dict.fromkeys(ON_PAIRS, PairTask)
+    made: Task = kinds.get(task, ExampleTask)(config, tmp_path / "start", CPU)
     theirs = load_model(pretrained).model.state_dict()
     own = made.student.state_dict()
     block = "image_encoder.blocks.0.attn.qkv.weight"
