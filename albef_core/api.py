@@ -196,7 +196,7 @@ class Albef:
         if any(name.startswith("mlm_head.") for name in self.loaded.report.missing):
             raise InputError(
                 f"{self.loaded.report.source}: has no MLM head, so it cannot fill in words."
-                " Load a pre-trained model."
+                " Retrieval and grounding leave that head out: load a pre-trained model."
             )
         tokenizer, guesses = self.loaded.tokenizer, []
         for some_images, some_texts in self._pairs(images, texts):

@@ -25,6 +25,13 @@ class Encoders(nn.Module):
         self.text_projection = nn.Linear(config.text_width, config.feature_size)
         self.mlm_head = MlmHead(config, self.text_encoder.word_embeddings)
 
+    def drop_mlm_head(self) -> None:
+        """Take out the head that names words: retrieval and grounding do not train it.
+
+        Kept, it would read what the encoders no longer write. The published code has none there.
+        """
+        del self.mlm_head
+
     def encode_image(
         self, images: Float[Tensor, "B 3 R R"]
     ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B D"]]:

@@ -1,4 +1,4 @@
-"""A fine-tuned model for use from Python: answers, entailment, statements on two pictures.
+"""A fine-tuned model for use from Python: answers, entailment, texts on two pictures.
 
     vqa = FineTuned.load("runs/vqa/model")
     vqa.answer(["dog.jpg"], ["what is the dog chasing?"]).answers
@@ -7,6 +7,7 @@ Axis beside the package's own: C classes, or candidates of a question.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from albef_core.errors import InputError
 from albef_core.preprocess import resize_square
 from albef_core.tasks.folder import LoadedTask, TaskName, load_task
 from albef_core.tasks.predict import Answering, Predictions, predict
+from albef_core.tasks.vqa_answers import check_answers
 
 
 class FineTuned:
-    """A model that was fine-tuned for entailment, VQA or NLVR2. Make one with `load`.
+    """A model fine-tuned for entailment, VQA, NLVR2 or text assignment. Make one with `load`.
 
     At most `batch_size` examples are computed at a time. Every method raises InputError for a
     picture that cannot be read, for lists of different lengths, and for a model of another task.
@@ -34,14 +36,25 @@ class FineTuned:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", batch_size: int = 32
+        cls,
+        source: str | Path,
+        *,
+        answers: Sequence[str] = (),
+        device: str | torch.device = "cpu",
+        batch_size: int = 32,
     ) -> "FineTuned":
-        """Load a fine-tuned run's model folder.
+        """Load a fine-tuned run's model folder, or an official checkpoint of a task.
+
+        `answers` is the closed list of a VQA model in place of its own; an official file has none.
 
         Raises:
-            InputError: nothing is there, or it is no such model.
+            InputError: nothing is there, it is no such model, or an answer comes twice.
         """
-        return cls(load_task(Path(source), device=device), batch_size=batch_size)
+        loaded = load_task(Path(source), device=device)
+        if answers:
+            check_answers(answers, source="answers")
+            loaded = replace(loaded, answers=tuple(answers))
+        return cls(loaded, batch_size=batch_size)
 
     def answer(
         self,
@@ -51,7 +64,13 @@ class FineTuned:
         answering: Answering | None = None,
     ) -> Predictions:
         """Answer a question about each image, from the model's list or in its own words (VQA)."""
-        return self._predict("vqa", [images], questions, answering or Answering())
+        answering = answering or Answering()
+        if self.loaded.task == "vqa" and not (self.loaded.answers or answering.is_open):
+            raise InputError(
+                "this model came without a list of answers, as official files do. Load it with"
+                " answers=[...], or ask with Answering(is_open=True)."
+            )
+        return self._predict("vqa", [images], questions, answering)
 
     def entail(self, images: Sequence[Picture], texts: Sequence[str]) -> Float32[np.ndarray, "B 3"]:
         """Give the probabilities of `tasks.labels.ENTAILMENT_LABELS`: does the text follow?"""
@@ -62,6 +81,12 @@ class FineTuned:
     ) -> Float32[np.ndarray, " B"]:
         """Give the probability that each text is true of its two images (NLVR2)."""
         return self._predict("nlvr2", [lefts, rights], texts).probabilities[:, 1]
+
+    def assign(
+        self, lefts: Sequence[Picture], rights: Sequence[Picture], texts: Sequence[str]
+    ) -> Float32[np.ndarray, "B 3"]:
+        """Give the probabilities of `tasks.text_assignment.LABELS`: which image has each text?"""
+        return self._predict("text-assignment", [lefts, rights], texts).probabilities
 
     def _predict(
         self,

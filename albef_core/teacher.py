@@ -21,6 +21,8 @@ class Teacher(Encoders):
 
     def __init__(self, config: ModelConfig, student: ALBEF) -> None:
         super().__init__(config)
+        if not hasattr(student, "mlm_head"):
+            self.drop_mlm_head()
         self.load_state_dict(student.state_dict(), strict=False)
         self.to(student.temperature.device).requires_grad_(False)
 

@@ -21,10 +21,12 @@ from albef_core.feature_queue import Queues
 from albef_core.image_encoder import resize_position_embeddings
 from albef_core.model import ALBEF
 from albef_core.official import from_official, our_name, to_official
-from albef_core.teacher import Teacher
+from albef_core.tasks.labels import LABELS
 from albef_core.tokenizer import Tokenizer
 
 FORMAT = 1
+UNUSED_SLOT = -100
+"""Image id of a slot not yet in use, in official retrieval checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,8 @@ def write_folder(
 def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a folder that `save_model` wrote, or an official pre-training or retrieval checkpoint.
 
-    The model is in train mode, as every new module is: call `eval()` on it before it answers.
+    The model is in train mode, as every new module is: call `eval()` on it before it answers. One
+    fine-tuned for retrieval or grounding has no `mlm_head`: the report names it as missing.
 
     An official file says nothing of its tokenizer: it is bert-base-uncased's, from the hub or from
     `vocab.txt` beside the file. Nor does it say how many heads there are: they are 64 wide. Raises
@@ -116,14 +119,12 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Loa
     if source.is_dir():
         return _load_folder(source, device)
     state = read_official(source)
+    _refuse_task(source, task_of_state(state))
     config = model_config_of(state, source=str(source))
     model = ALBEF(config)
     unused = ("teacher.", "queues.")
-    report = apply_weights(
-        model, state, source=str(source), may_miss=("mlm_head.",), may_add=unused
-    )
-    beside = source.with_name("vocab.txt")
-    text = TextConfig(tokenizer=str(beside) if beside.is_file() else TextConfig().tokenizer)
+    report = _apply_with_or_without_mlm_head(model, state, source=str(source), may_add=unused)
+    text = text_of_official(source)
     return LoadedModel(
         model=model.to(device),
         model_config=config,
@@ -134,16 +135,30 @@ def load_model(source: str | Path, *, device: str | torch.device = "cpu") -> Loa
     )
 
 
-def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
-    config, text, recipe, more = read_folder_config(folder)
-    if "task" in more:
+def text_of_official(file: Path) -> TextConfig:
+    """Give what an official file does not say: texts as in pre-training, and their tokenizer.
+
+    That is bert-base-uncased's, or `vocab.txt` where one lies beside the file.
+    """
+    beside = file.with_name("vocab.txt")
+    return TextConfig(tokenizer=str(beside)) if beside.is_file() else TextConfig()
+
+
+def _refuse_task(source: Path, task: str) -> None:
+    if task:
         raise InputError(
-            f"{folder}: a model fine-tuned for {more['task']}, which cannot do this."
+            f"{source}: a model fine-tuned for {task}, which cannot do this."
             " Give a pre-trained model, or one fine-tuned for retrieval."
         )
+
+
+def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
+    config, text, recipe, more = read_folder_config(folder)
+    _refuse_task(folder, more.get("task", ""))
     model = ALBEF(config)
     weights = folder / "model.safetensors"
-    report = apply_weights(model, read_official(weights), source=str(weights))
+    state = read_official(weights)
+    report = _apply_with_or_without_mlm_head(model, state, source=str(weights))
     return LoadedModel(
         model=model.to(device),
         model_config=config,
@@ -152,6 +167,17 @@ def _load_folder(folder: Path, device: str | torch.device) -> LoadedModel:
         tokenizer=Tokenizer.load(folder),
         report=report,
     )
+
+
+def _apply_with_or_without_mlm_head(
+    model: ALBEF, state: Mapping[str, Tensor], *, source: str, may_add: tuple[str, ...] = ()
+) -> WeightsReport:
+    """Fill a model; of a file without an MLM head, as retrieval's are, it loses its own."""
+    if any(name.startswith("mlm_head.") for name in state):
+        return apply_weights(model, state, source=source, may_add=may_add)
+    report = apply_weights(model, state, source=source, may_miss=("mlm_head.",), may_add=may_add)
+    model.drop_mlm_head()
+    return report
 
 
 def read_folder_config(
@@ -176,9 +202,15 @@ def read_folder_config(
         raise InputError(f"{path}: cannot be read as a model's configuration ({error}).") from error
 
 
-def task_of_folder(folder: Path) -> str:
-    """Name the task that a model folder of ours is fine-tuned for; "" where it has ITC and ITM."""
-    *_, more = read_folder_config(folder)
+def task_of_model(source: Path) -> str:
+    """Name what a model folder or an official file is fine-tuned for; "" where it has ITC and ITM.
+
+    Raises:
+        InputError: it is no model, or damaged.
+    """
+    if source.is_file():
+        return task_of_state(read_official(source))
+    *_, more = read_folder_config(source)
     return more.get("task", "")
 
 
@@ -206,15 +238,15 @@ def official_state(model: nn.Module, *, text_layers: int, prefix: str = "") -> d
 
 def save_official(
     path: Path,
-    student: ALBEF,
-    teacher: Teacher | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
     queues: Queues | None,
     config: ModelConfig,
 ) -> None:
-    """Write an `ALBEF.pth` that the official code loads: all of its keys, under `model`.
+    """Write a `.pth` that the official code loads: all keys of the model's task, under `model`.
 
-    Without a teacher or queues their keys are left away. The file has no place for the ids of the
-    queues, nor for which of their slots are in use.
+    Without a teacher or queues their keys are left away. The ids of the queues have a place in
+    retrieval's files alone, which are those without an MLM head.
     """
     state = dict(student.state_dict())
     if teacher is not None:
@@ -223,7 +255,11 @@ def save_official(
         state["queues.image.features"] = queues.image.features
         state["queues.text.features"] = queues.text.features
         state["queues.pointer"] = queues.image.pointer.reshape(1)
-    official = to_official(state, text_layers=config.text_layers)
+    has_mlm_head = any(name.startswith("mlm_head.") for name in state)
+    if queues is not None and not has_mlm_head:
+        ids = queues.image.image_ids.masked_fill(~queues.image.is_valid, UNUSED_SLOT)
+        state["queues.image_ids"] = ids[None]
+    official = to_official(state, text_layers=config.text_layers, has_mlm_head=has_mlm_head)
     torch.save(
         {"model": {key: tensor.cpu().contiguous() for key, tensor in official.items()}}, path
     )
@@ -305,8 +341,25 @@ def _is_square_grid(position_embeddings: Tensor) -> bool:
     return num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
 
 
+def task_of_state(state: Mapping[str, Tensor]) -> str:
+    """Name the task whose head a checkpoint has, by our names; "" where it has ITC and ITM."""
+    if any(name.startswith("answer_decoder.") for name in state):
+        return "vqa"
+    if "assignment_head.weight" in state:
+        return "text-assignment"
+    if "classifier.2.weight" not in state:
+        return ""
+    num_classes = len(state["classifier.2.weight"])
+    return next((task for task, labels in LABELS.items() if len(labels) == num_classes), "")
+
+
 def model_config_of(state: Mapping[str, Tensor], *, source: str) -> ModelConfig:
-    """Read the sizes off a checkpoint's shapes; heads are 64 wide, as in ViT-B and BERT."""
+    """Read the sizes off a checkpoint's shapes; heads are 64 wide, as in ViT-B and BERT.
+
+    Tasks without ITC have no joint feature, whose size is then the published one.
+    """
+    task = task_of_state(state)
+    layers_a_fusion = 2 if task in ("nlvr2", "text-assignment") else 1
 
     def num_layers(prefix: str) -> int:
         return len({n.split(".")[2] for n in state if n.startswith(f"{prefix}.")})
@@ -327,14 +380,18 @@ def model_config_of(state: Mapping[str, Tensor], *, source: str) -> ModelConfig:
             text_heads=words.shape[1] // 64,
             text_mlp_width=len(state["text_encoder.layers.0.mlp.up.weight"]),
             text_layers=num_layers("text_encoder.layers"),
-            fusion_layers=num_layers("multimodal_encoder.layers"),
+            fusion_layers=num_layers("multimodal_encoder.layers") // layers_a_fusion,
             vocab_size=len(words),
             max_positions=len(state["text_encoder.position_embeddings.weight"]),
-            feature_size=len(state["image_projection.weight"]),
+            feature_size=(
+                ModelConfig().feature_size
+                if task in ("entailment", "vqa", "nlvr2")
+                else len(state["image_projection.weight"])
+            ),
         )
     except KeyError as error:
         raise InputError(
-            f"{source}: has no {error}, which a pre-training or retrieval model needs."
+            f"{source}: has no {error}, which a model of this kind needs. Give a whole checkpoint."
         ) from error
     except InputError as error:
         raise InputError(f"{source}: its sizes fit no model: {error}") from error

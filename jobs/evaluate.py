@@ -24,13 +24,10 @@ def main() -> None:
 
     connect()
     with progress_bars() as show:
-        result, tables = evaluate(task, config, on_progress=show)
+        tables, lines = evaluate(task, config, on_progress=show)
     console = Console()
     console.print(*tables, sep="\n")
-    where = f" and {config.json}" if config.json else ""
-    console.print(f"In MLflow run {result.run_id} of {result.tracking_uri}{where}", soft_wrap=True)
-    next_command = f"mlflow ui --backend-store-uri {result.tracking_uri}"
-    console.print(f"Next, figures and intervals beside the curves: {next_command}", soft_wrap=True)
+    console.print(*lines, sep="\n", soft_wrap=True)
 
 
 if __name__ == "__main__":

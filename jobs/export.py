@@ -1,4 +1,4 @@
-"""Write an official checkpoint: `python jobs/export.py --model MODEL --out ALBEF.pth`."""
+"""Write an official checkpoint: `python jobs/export.py --model MODEL --out FILE.pth`."""
 
 from command_line import parse, run_job
 
@@ -19,7 +19,7 @@ def main() -> None:
         table.add_row("inside", line)
     for line in exported.not_inside:
         table.add_row("not inside", line)
-    table.add_row("next", f"python jobs/pretrain.py PRESET --corpus DIR --init {config.out}")
+    table.add_row("next", exported.next_command)
     Console().print(table)
 
 

@@ -22,6 +22,8 @@ def main() -> None:
     table.add_row("MLflow run", f"{result.handle.run_id} in {result.handle.uri}")
     table.add_row("curves", f"mlflow ui --backend-store-uri {result.handle.uri}")
     next_command = f"python jobs/evaluate.py {config.task} --model {result.model} --corpus HELD_OUT"
+    if config.task == "text-assignment":
+        next_command = f"python jobs/finetune.py nlvr2 --init {result.model} --corpus NLVR2"
     table.add_row("next", next_command)
     Console().print(table)
 

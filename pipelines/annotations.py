@@ -15,13 +15,14 @@ SHOWN = 4
 
 
 class Question(TypedDict):
-    """A question and what each annotator answered, repeats kept."""
+    """A question and what each annotator answered, repeats kept; none where that is not public."""
 
     question: str
     answers: list[str]
     id: NotRequired[int | str]
     type: NotRequired[str]
     answer_type: NotRequired[str]
+    dataset: NotRequired[str]
 
 
 class Statement(TypedDict):

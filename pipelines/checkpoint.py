@@ -38,12 +38,12 @@ class TrainState:
     """The parts of a training that change with every step."""
 
     student: nn.Module
-    teacher: nn.Module
+    teacher: nn.Module | None
     queues: Queues | None
     optimizer: torch.optim.Optimizer
 
     def modules(self) -> list[nn.Module]:
-        """List student, teacher and, where there are any, queues."""
+        """List the student and, where there are any, teacher and queues."""
         return [part for part in (self.student, self.teacher, self.queues) if part is not None]
 
 
@@ -52,7 +52,7 @@ class Snapshot:
     """A training as it was after one step, on the CPU; holds until its owner takes the next."""
 
     student: nn.Module
-    teacher: nn.Module
+    teacher: nn.Module | None
     queues: Queues | None
     optimizer: dict[str, Any]
     """The optimizer's state dict."""
@@ -78,7 +78,7 @@ class Snapshotter:
     def __init__(self, state: TrainState) -> None:
         self._state = state
         self._student = _twin(state.student)
-        self._teacher = _twin(state.teacher)
+        self._teacher = None if state.teacher is None else _twin(state.teacher)
         self._queues = None if state.queues is None else _twin(state.queues)
         self._moments: dict[tuple[int, str], Tensor] = {}
         self.num_taken = 0
@@ -127,10 +127,11 @@ def write_snapshot(
     """
     snapshot.check()
     save(folder, snapshot.student)
-    moving = official_state(snapshot.teacher, text_layers=text_layers, prefix=TEACHER)
-    if snapshot.queues is not None:
-        moving |= {QUEUES + name: tensor for name, tensor in snapshot.queues.state_dict().items()}
-    save_file(moving, folder / TEACHER_FILE)
+    if snapshot.teacher is not None:
+        moving = official_state(snapshot.teacher, text_layers=text_layers, prefix=TEACHER)
+        queues = {} if snapshot.queues is None else snapshot.queues.state_dict()
+        moving |= {QUEUES + name: tensor for name, tensor in queues.items()}
+        save_file(moving, folder / TEACHER_FILE)
     torch.save(snapshot.optimizer, folder / "optimizer.pt")
     write_config(config, folder / TRAINING_CONFIG)
     snapshot.check()
@@ -144,9 +145,11 @@ def restore(folder: Path, state: TrainState) -> None:
     """
     weights = folder / "model.safetensors"
     apply_weights(state.student, read_official(weights), source=str(weights))
-    source = folder / TEACHER_FILE
-    teacher, queues = read_moving(source)
-    apply_weights(state.teacher, teacher, source=str(source))
+    queues: dict[str, Tensor] = {}
+    if state.teacher is not None:
+        source = folder / TEACHER_FILE
+        teacher, queues = read_moving(source)
+        apply_weights(state.teacher, teacher, source=str(source))
     # On the CPU: AdamW moves the moments itself, and its step counters must not live on a GPU.
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     try:

@@ -19,7 +19,7 @@ from albef_core.errors import InputError
 Protocol = Literal["zero-shot", "zero-shot-after-coco", "fine-tuned"]
 """What a model that is evaluated on retrieval has learned from, beside its pre-training: nothing,
 COCO's pairs (the paper's Table 3), or pairs such as those it is evaluated on."""
-TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2"]
+TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2", "text-assignment"]
 """What a pre-trained model can be fine-tuned for."""
 
 
@@ -238,7 +238,7 @@ class FinetuneConfig(TrainConfig):
     worth."""
     image_size: int | None = None
     """Height and width of the pictures in pixels. Default: 1.5 times that of --init, as the paper
-    goes from 256 to 384."""
+    goes from 256 to 384; text assignment keeps that of --init."""
     dropout: float | None = None
     """Share of numbers dropped in the text and the multimodal encoder. Default: that of --init."""
     max_words: int = 50
@@ -321,6 +321,9 @@ class EvaluateTaskConfig(EvaluationConfig):
     """Questions: answers of the list that are read in full. The paper: 128."""
     num_beams: int = 1
     """Questions: beginnings kept while writing freely; 1 is greedy."""
+    predictions: Path | None = None
+    """Questions: write the answers to this JSON file, as the VQA server takes them, and score
+    nothing. For splits whose answers are not public."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

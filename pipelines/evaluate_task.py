@@ -24,7 +24,7 @@ from pipelines import tracking
 from pipelines.cluster import check_actors, pick_device
 from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
-from pipelines.examples import collect_examples
+from pipelines.examples import NO_ROW, collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
@@ -91,11 +91,11 @@ def evaluate_task(
     """
     started = time.monotonic()
     manifest, folder = read_manifest(config.corpus), find_model("--model", config.model)
-    loaded = _load(folder, task, config)
-    answers = _answer_list(config, loaded)
+    loaded = load_tuned(folder, task, config)
+    answers = closed_answers(config, loaded)
     collected = collect_examples(manifest, loaded.task)
     table = collected.table
-    rows = _predict(config, loaded, folder, table, answers, on_progress)
+    rows = predict_examples(config, loaded, folder, table, answers, on_progress)
     is_shown = np.array([row["is_shown"] for row in rows])
     answered = [str(row["answer"]) for row in rows]
     scores, majority, blind = _score(loaded.task, table, answered)
@@ -155,31 +155,42 @@ def evaluate_task(
             for n in np.flatnonzero(is_shown)
         ),
     )
-    shown = {
-        p.image_id: int(image_of_row[n])
-        for p, n in zip(result.predictions, np.flatnonzero(is_shown), strict=True)
-    }
-    _log(result, config, run, is_new=is_new, row_of=shown)
+    _log(result, config, run, is_new=is_new, examples=table.filter(pa.array(is_shown)))
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 
-def _load(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
-    if not folder.is_dir():
-        raise InputError(f"--model {config.model}: is a file. Give a fine-tuned model's folder.")
+def load_tuned(folder: Path, task: str, config: EvaluateTaskConfig) -> LoadedTask:
+    """Load the model of `--model`, found in `folder`.
+
+    Raises:
+        InputError: it is damaged, or of another task.
+    """
     loaded = load_task(folder)
     if loaded.task != task:
         raise InputError(
             f"--model {config.model}: is fine-tuned for {loaded.task}, not for {task}."
-            f" Evaluate it with jobs/evaluate.py {loaded.task}."
+            f" Give a model fine-tuned for {task}."
         )
     return loaded
 
 
-def _answer_list(config: EvaluateTaskConfig, loaded: LoadedTask) -> tuple[str, ...]:
-    if config.answer_list is None or loaded.task != "vqa":
+def closed_answers(config: EvaluateTaskConfig, loaded: LoadedTask) -> tuple[str, ...]:
+    """Read the list of `--answer-list`; empty where the model's own is to be taken.
+
+    Raises:
+        InputError: it is no list of different answers, or there is neither.
+    """
+    if loaded.task != "vqa":
+        return ()
+    if config.answer_list is None:
+        if not loaded.answers and config.answers == "closed":
+            raise InputError(
+                f"--model {config.model}: an official file, which holds no list of answers. Pass"
+                " --answer-list FILE.json, a JSON list of answers, or --answers open."
+            )
         return ()
     try:
         listed = json.loads(config.answer_list.read_text(encoding="utf-8"))
@@ -191,7 +202,7 @@ def _answer_list(config: EvaluateTaskConfig, loaded: LoadedTask) -> tuple[str, .
     return tuple(listed)
 
 
-def _predict(
+def predict_examples(
     config: EvaluateTaskConfig,
     loaded: LoadedTask,
     folder: Path,
@@ -199,7 +210,11 @@ def _predict(
     answers: tuple[str, ...],
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
-    """Predict all examples, checked to come whole and in order."""
+    """Predict all examples (`examples.SCHEMA`), checked to come whole and in order.
+
+    Returns:
+        For each its `answer`, the `probability` of it, and whether its pictures decode: `is_shown`.
+    """
     device = pick_device(config.device)
     check_actors(config.actors, device, cpus_left=DECODE_CPUS)
     blocks = predicted_blocks(
@@ -246,7 +261,7 @@ def _log(
     run: tracking.RunHandle,
     *,
     is_new: bool,
-    row_of: dict[str, int],
+    examples: pa.Table,
 ) -> None:
     folder = f"eval/{tracking.metric_name(config.corpus.resolve().name)}"
     found = result.accuracy
@@ -264,23 +279,22 @@ def _log(
         tracker.log_artifact(Path(scratch) / "evaluate.json", f"{folder}/evaluate.json")
     tracker.log_figure(slices_figure(found, result.slices), f"{folder}/slices.png")
     corpus = open_corpus(config.corpus.absolute())
-    by_trust = sorted(result.predictions, key=lambda p: p.probability, reverse=True)
-    for name, cases in (
-        ("worst", [p for p in by_trust if p.score == 0][:NUM_CASES]),
-        ("best", [p for p in by_trust if p.score == 1][:NUM_CASES]),
-    ):
-        if cases:
-            rows = [
-                Case(
-                    image=_shown(corpus, row_of[p.image_id]),
-                    text=p.text,
-                    truth=p.truth,
-                    answer=p.answer,
-                    probability=p.probability,
-                )
-                for p in cases
-            ]
-            tracker.log_figure(cases_figure(name, rows), f"{folder}/{name}.png")
+    pictures = [examples[side].to_pylist() for side in ("left", "row")]
+    cases = list(zip(result.predictions, *pictures, strict=True))
+    cases.sort(key=lambda case: case[0].probability, reverse=True)
+    for name, score in (("worst", 0), ("best", 1)):
+        shown = [
+            Case(
+                images=tuple(_shown(corpus, row) for row in rows if row != NO_ROW),
+                text=said.text,
+                truth=said.truth,
+                answer=said.answer,
+                probability=said.probability,
+            )
+            for said, *rows in [case for case in cases if case[0].score == score][:NUM_CASES]
+        ]
+        if shown:
+            tracker.log_figure(cases_figure(name, shown), f"{folder}/{name}.png")
     if is_new:
         tracker.finish()
     else:

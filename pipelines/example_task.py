@@ -1,7 +1,7 @@
 """Fine-tuning from examples as the trainer sees it: entailment, VQA and NLVR2."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,7 @@ def to_task_batch(
             labels=_labels(batch, "entailment", device),
             num_global=num_global,
         )
-    answers, weights, counts = weigh_answers(batch.answers)
+    answers, weights, counts = weigh_answers(batch.answers, batch.weights.tolist())
     listed = loaded.tokenizer.encode(answers, max_tokens=MAX_ANSWER_TOKENS, keep_sep=True)
     answer_ids = torch.tensor(np.asarray(listed), device=device).long()
     return VqaBatch(
@@ -176,21 +176,24 @@ def _labels(batch: ExampleBatch, task: str, device: torch.device) -> Tensor:
     return torch.tensor([LABELS[task].index(label) for label in batch.labels], device=device)
 
 
-def weigh_answers(answers: list[list[str]]) -> tuple[list[str], list[float], list[int]]:
+def weigh_answers(
+    answers: Sequence[Sequence[str]], weights: Sequence[float]
+) -> tuple[list[str], list[float], list[int]]:
     """List each distinct answer of a question once, weighted by the share who gave it.
 
-    In the order of first appearance, as the published data code does.
+    The answers of a question weigh `weights` together. They come in the order of first appearance,
+    as in the published data code.
 
     Returns:
         The answers of all questions, their weights, and how many each question has.
     """
-    texts, weights, counts = [], [], []
-    for given in answers:
+    texts, shares, counts = [], [], []
+    for given, weight in zip(answers, weights, strict=True):
         times = Counter(given)
         texts += times
-        weights += [count / len(given) for count in times.values()]
+        shares += [weight * count / len(given) for count in times.values()]
         counts.append(len(times))
-    return texts, weights, counts
+    return texts, shares, counts
 
 
 def read_teacher(file: Path, teacher: nn.Module) -> None:

@@ -40,6 +40,7 @@ EXAMPLES_FILE = "examples.arrow"
 """In the folder that a training starts from: what it learns."""
 VAL_FILE = "val.arrow"
 """Beside it: what is asked of the held-out pictures."""
+NO_ANSWER = "no answer"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64()),
@@ -48,10 +49,16 @@ SCHEMA = pa.schema(
         pa.field("label", pa.string()),
         pa.field("answers", pa.list_(pa.string())),
         pa.field("kind", pa.string()),
+        pa.field("weight", pa.float32()),
+        pa.field("id", pa.string()),
     ]
 )
 """`row`: of the picture, or of the right one; `left`: of the left one, else -1; `label`: the class,
-else ""; `answers`: one an annotator; `kind`: what results are told apart by."""
+else ""; `answers`: one an annotator; `kind`: what results are told apart by; `weight`: what the
+answers of a question weigh together; `id`: a question's, as JSON, else ""."""
+ANSWERS_WEIGH = {"vg": 0.5}
+"""By data set, where it is not 1: `dataset/vqa_dataset.py` of the published code trusts the one
+annotator of Visual Genome half as much as the ten of VQA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +70,12 @@ class Collected:
     """By class, how many annotations were left out."""
 
 
-def collect_examples(manifest: Manifest, task: TaskName) -> Collected:
+def collect_examples(
+    manifest: Manifest, task: TaskName, *, with_unanswered: bool = False
+) -> Collected:
     """Find all examples of a task in a corpus's annotations, in the order of its rows.
+
+    Questions without answers can neither be learned nor scored: only `with_unanswered` takes them.
 
     Raises:
         InputError: there is none.
@@ -79,10 +90,16 @@ def collect_examples(manifest: Manifest, task: TaskName) -> Collected:
     for table in read_columns(manifest, ["annotations", "captions"]):
         for text, captions in zip(*(column.to_pylist() for column in table.columns), strict=True):
             said = json.loads(text or "{}") | {"captions": captions}
-            for example in _examples_of(said, task, rows_of, bad):
+            for example in _examples_of(said, task, rows_of, bad, with_unanswered):
                 for name, value in ({"row": row} | example).items():
                     columns[name].append(value)
             row += 1
+    if not columns["row"] and bad.keys() == {NO_ANSWER}:
+        raise InputError(
+            f"{manifest.folder}: none of its {bad[NO_ANSWER]} questions has an answer, so there is"
+            " nothing to learn or to score. jobs/evaluate.py vqa --predictions OUT.json answers"
+            " them in a file for the VQA server."
+        )
     if not columns["row"]:
         raise InputError(
             f"{manifest.folder}: none of its {row} pictures has annotations for {task}"
@@ -96,13 +113,18 @@ def _said(bad: Counter[str]) -> str:
 
 
 def _examples_of(
-    annotations: dict[str, Any], task: TaskName, rows_of: dict[str, int], bad: Counter[str]
+    annotations: dict[str, Any],
+    task: TaskName,
+    rows_of: dict[str, int],
+    bad: Counter[str],
+    with_unanswered: bool,
 ) -> Iterator[dict[str, Any]]:
     """Read the annotations of one picture."""
     key, part = PLACES[task]
     for entry in annotations.get(key) or []:
         text = entry if task == "retrieval" else entry.get(part) or ""
-        example = {"left": NO_ROW, "text": text, "label": "", "answers": [], "kind": ""}
+        example = dict.fromkeys(SCHEMA.names[1:], "") | {"left": NO_ROW, "text": text}
+        example |= {"answers": [], "weight": 1.0}
         if task == "grounding" and part not in entry:
             continue  # a thing without an expression is no example, and no mistake
         if not text.strip():
@@ -110,11 +132,15 @@ def _examples_of(
             continue
         if task == "vqa":
             answers = [answer for answer in entry.get("answers") or [] if answer.strip()]
-            if not answers:
-                bad["no answer"] += 1
+            if not answers and not with_unanswered:
+                bad[NO_ANSWER] += 1
                 continue
-            kind = entry.get("answer_type") or entry.get("type") or ""
-            yield example | {"answers": answers, "kind": kind}
+            yield example | {
+                "answers": answers,
+                "kind": entry.get("answer_type") or entry.get("type") or "",
+                "weight": ANSWERS_WEIGH.get(entry.get("dataset"), 1.0),
+                "id": json.dumps(entry["id"]) if "id" in entry else "",
+            }
             continue
         if task in ("retrieval", "grounding"):
             yield example
@@ -162,6 +188,8 @@ class ExampleBatch:
     """Classes, "" where the task has none."""
     answers: list[list[str]]
     """Answers of all annotators, one list a question."""
+    weights: NDArray[np.float32]
+    """What each question's answers weigh together (B)."""
     image_ids: list[str]
     image_keys: NDArray[np.int64]
     """`pairs.image_key` of every (right) picture (B)."""
@@ -231,6 +259,7 @@ class ExampleSpec:
             "token_ids": tokenize(self, texts),
             "labels": np.array(rows["label"].to_pylist(), dtype=object),
             "answers": answers,
+            "weights": rows["weight"].to_numpy(),
             "image_ids": np.array(ids, dtype=object),
             "captions": np.array(texts, dtype=object),
             "bad_ids": np.array(bad_ids, dtype=object),
@@ -245,6 +274,7 @@ class ExampleSpec:
             token_ids=columns["token_ids"],
             labels=list(columns["labels"]),
             answers=[json.loads(text) for text in columns["answers"]],
+            weights=columns["weights"],
             image_ids=list(columns["image_ids"]),
             image_keys=np.array([image_key(image_id) for image_id in columns["image_ids"]]),
             captions=list(columns["captions"]),

@@ -13,7 +13,7 @@ from torch import Tensor
 from albef_core.config import ModelConfig, TextConfig
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
-from albef_core.tasks.folder import save_task, start_task
+from albef_core.tasks.folder import LoadedTask, load_task, save_task, start_task
 from albef_core.teacher import Teacher
 from albef_core.weights import (
     LoadedModel,
@@ -24,13 +24,15 @@ from albef_core.weights import (
     random_start,
     read_official,
     save_model,
+    task_of_model,
 )
+from pipelines.assignment_task import AssignmentTask
 from pipelines.checkpoint import TEACHER, read_moving
 from pipelines.checkpoint import TEACHER_FILE as TEACHER_OF_CHECKPOINT
-from pipelines.config import FinetuneConfig
+from pipelines.config import FinetuneConfig, TaskName
 from pipelines.example_task import TEACHER_FILE, ExampleTask
 from pipelines.examples import EXAMPLES_FILE, Collected, collect_examples, write_examples
-from pipelines.manifest import read_manifest
+from pipelines.manifest import check_captioned, read_manifest
 from pipelines.model_store import find_model
 from pipelines.pair_task import PairTask
 from pipelines.presets import INIT
@@ -57,6 +59,20 @@ def finetune(config: FinetuneConfig) -> TrainResult:
         )
     config = with_absolute_names(config)
     manifest = read_manifest(config.corpus)
+    if config.task == "text-assignment":
+        check_captioned(manifest)
+        if config.val:
+            raise InputError(
+                f"--val {config.val}: text assignment is measured by the NLVR2 that starts from it."
+                " Leave it out."
+            )
+        course = Course(
+            task=AssignmentTask,
+            corpus_id=manifest.content_id,
+            num_items=manifest.num_images,
+            prepare=lambda config, folder: prepare_task(config, None, folder),
+        )
+        return train(config, course)
     collected = collect_examples(manifest, config.task)
     held_out = collect_held_out(config, config.task, manifest)
     for kind, count in collected.bad.items():
@@ -72,11 +88,12 @@ def finetune(config: FinetuneConfig) -> TrainResult:
 
 
 def prepare_task(
-    config: FinetuneConfig, collected: Collected, folder: Path
+    config: FinetuneConfig, collected: Collected | None, folder: Path
 ) -> tuple[FinetuneConfig, dict[str, str]]:
     """Write what a task's training starts from: student, teacher, examples, list of answers.
 
-    Where `folder` holds it already, it is taken as it is: the run goes on.
+    Text assignment has no teacher, and no examples but the corpus's captions. Where `folder` holds
+    it all already, it is taken as it is: the run goes on.
 
     Returns:
         The config, and the tags of the run.
@@ -88,7 +105,7 @@ def prepare_task(
         logger.info("%s is there already: this run goes on", folder.parent)
         return config, {}
     source = find_model("--init", config.init)
-    loaded = load_model(source)
+    loaded = _load_init(source, config.task)
     sizes, text = sizes_for(config, loaded), text_for(config, loaded)
     weights = None if config.from_scratch else _pretrained(source, loaded)
     partial = folder.with_name(folder.name + ".tmp")
@@ -106,12 +123,14 @@ def prepare_task(
         student, teacher, report = start_task(
             config.task, sizes, weights, recipe=config.recipe, source=config.init
         )
-        answers = tuple(frequent_answers(collected, config.num_answers))
+        answers = frequent_answers(collected, config.num_answers) if collected else ()
         save_task(partial, student, task=config.task, answers=answers, **common)
     logger.info("weights from %s", report)
-    state = official_state(teacher, text_layers=sizes.text_layers, prefix="teacher.")
-    save_file(state, partial / TEACHER_FILE)
-    write_examples(collected, partial / EXAMPLES_FILE)
+    if teacher is not None:
+        state = official_state(teacher, text_layers=sizes.text_layers, prefix="teacher.")
+        save_file(state, partial / TEACHER_FILE)
+    if collected is not None:
+        write_examples(collected, partial / EXAMPLES_FILE)
     partial.rename(folder)
     return config, {"weights": str(report), "init": config.init}
 
@@ -121,16 +140,18 @@ def start_pairs(
 ) -> tuple[ALBEF, Teacher, WeightsReport]:
     """Build student and teacher of retrieval and grounding from a pre-trained ALBEF, or at random.
 
-    The teacher starts from the pre-trained teacher where the weights hold one.
+    Both without the MLM head, which these tasks do not train. The teacher starts from the
+    pre-trained teacher where the weights hold one.
 
     Raises:
         InputError: the weights do not fit.
     """
     student = ALBEF(config)
+    student.drop_mlm_head()
     if pretrained is None:
         return student, Teacher(config, student), random_start(student)
     own = {name: w for name, w in pretrained.items() if not name.startswith(("teacher.", "queues"))}
-    report = apply_weights(student, own, source=source, may_miss=("mlm_head.",))
+    report = apply_weights(student, own, source=source, may_add=("mlm_head.",))
     teacher = Teacher(config, student)
     theirs = {
         name.removeprefix("teacher."): weight
@@ -138,23 +159,24 @@ def start_pairs(
         if name.startswith("teacher.")
     }
     if theirs:
-        apply_weights(teacher, theirs, source=source, may_miss=("mlm_head.",))
+        apply_weights(teacher, theirs, source=source, may_add=("mlm_head.",))
     return student, teacher, report
 
 
-def sizes_for(config: FinetuneConfig, loaded: LoadedModel) -> ModelConfig:
+def sizes_for(config: FinetuneConfig, loaded: LoadedModel | LoadedTask) -> ModelConfig:
     """Give the sizes of the task's model: those of the pre-trained one, at the new resolution.
 
     Raises:
         InputError: patches do not fill the pictures.
     """
     sizes = loaded.model_config
-    image_size = config.image_size or round(SIZE_RATIO * sizes.image_size)
+    ratio = 1 if config.task == "text-assignment" else SIZE_RATIO
+    image_size = config.image_size or round(ratio * sizes.image_size)
     dropout = sizes.dropout if config.dropout is None else config.dropout
     return dataclasses.replace(sizes, image_size=image_size, dropout=dropout)
 
 
-def text_for(config: FinetuneConfig, loaded: LoadedModel) -> TextConfig:
+def text_for(config: FinetuneConfig, loaded: LoadedModel | LoadedTask) -> TextConfig:
     """Give the texts' bounds of the task; the tokenizer is that of the pre-trained model.
 
     Raises:
@@ -170,15 +192,22 @@ def text_for(config: FinetuneConfig, loaded: LoadedModel) -> TextConfig:
     )
 
 
-def frequent_answers(collected: Collected, count: int) -> list[str]:
+def frequent_answers(collected: Collected, count: int) -> tuple[str, ...]:
     """List the answers most often given, the most frequent first; equals by the alphabet."""
     times: Counter[str] = Counter()
     for given in collected.table["answers"].to_pylist():
         times.update(given)
-    return sorted(times, key=lambda answer: (-times[answer], answer))[:count]
+    return tuple(sorted(times, key=lambda answer: (-times[answer], answer))[:count])
 
 
-def _pretrained(source: Path, loaded: LoadedModel) -> Mapping[str, Tensor]:
+def _load_init(source: Path, task: TaskName) -> LoadedModel | LoadedTask:
+    """Load what a task may start from: NLVR2 also takes a model of text assignment."""
+    if task == "nlvr2" and task_of_model(source) == "text-assignment":
+        return load_task(source)
+    return load_model(source)
+
+
+def _pretrained(source: Path, loaded: LoadedModel | LoadedTask) -> Mapping[str, Tensor]:
     """Read the weights of a pre-trained model, and of its teacher where a file has them."""
     if source.is_file():
         return read_official(source)

@@ -24,7 +24,7 @@ from PIL import Image
 
 import albef_core
 from albef_core.errors import InputError
-from albef_core.weights import task_of_folder
+from albef_core.weights import task_of_model
 
 PAIR: list[ColSpec | TensorSpec] = [
     ColSpec(DataType.binary, "image"),
@@ -35,12 +35,14 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec(DataType.double, "similarity"), ColSpec(DataType.double, "match")]),
 )
 ANSWERS = Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "probability")])
+TWO_PICTURES = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "left"), *PAIR]), outputs=ANSWERS
+)
 TASK_SIGNATURES = {
     "entailment": ModelSignature(inputs=Schema(PAIR), outputs=ANSWERS),
     "vqa": ModelSignature(inputs=Schema(PAIR), outputs=ANSWERS),
-    "nlvr2": ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "left"), *PAIR]), outputs=ANSWERS
-    ),
+    "nlvr2": TWO_PICTURES,
+    "text-assignment": TWO_PICTURES,
 }
 """What a model that is fine-tuned for a task takes and gives."""
 REQUIREMENTS = (
@@ -81,7 +83,8 @@ def log_model(
     pickled.
     """
     tags = {key: str(value) for key, value in (tags or {}).items()}
-    task = task_of_folder(model_folder)
+    task = task_of_model(model_folder)
+    signature = TASK_SIGNATURES.get(task, SIGNATURE)
     handle.save(model_folder)
     client = MlflowClient(handle.uri, registry_uri=handle.uri)
     run = client.get_run(handle.run_id)
@@ -107,8 +110,8 @@ def log_model(
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"model": str(model_folder.absolute())},
             code_paths=[str(Path(albef_core.__file__).parent)],
-            signature=TASK_SIGNATURES.get(task, SIGNATURE),
-            input_example=_input_example(has_left=task == "nlvr2"),
+            signature=signature,
+            input_example=_input_example(has_left=signature is TWO_PICTURES),
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
         )
         client.log_model_artifacts(entry.model_id, str(folder))

@@ -104,7 +104,7 @@ INIT = "MODEL"
 
 
 def published(task: TaskName, *, epochs: int, lr: float = 2e-5, **more: Any) -> FinetuneConfig:
-    """Give what the five published recipes share: batch 256, cosine to 1e-6, crops of half and up.
+    """Give what the published recipes share: batch 256, cosine to 1e-6, crops of half and up.
 
     Texts keep 30 words there, and all their tokens: 40 are enough but for rare spellings.
     """
@@ -144,8 +144,21 @@ def vqa() -> FinetuneConfig:
     return published("vqa", epochs=8, max_words=50, max_tokens=50, optim=slow)
 
 
+def text_assignment() -> FinetuneConfig:
+    """Which of two pictures has the caption: 1 epoch on pre-training's captions, before NLVR2."""
+    return published(
+        "text-assignment",
+        epochs=1,
+        batch_size=512,
+        augment=AugmentConfig(),
+        max_tokens=25,
+        optim=OptimConfig(lr=2e-5, min_lr=1e-5, warmup_steps=100),
+        objective=DistillConfig(alpha=0.0),  # there is no teacher
+    )
+
+
 def nlvr2() -> FinetuneConfig:
-    """True or false of two pictures: 10 epochs at batch 128 (NLVR2)."""
+    """True or false of two pictures: 10 epochs at batch 128 (NLVR2), after text assignment."""
     return published("nlvr2", epochs=10, batch_size=128)
 
 
@@ -153,6 +166,7 @@ FINETUNE = {
     "retrieval": retrieval,
     "entailment": entailment,
     "vqa": vqa,
+    "text-assignment": text_assignment,
     "nlvr2": nlvr2,
     "grounding": grounding,
 }

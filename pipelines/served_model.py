@@ -22,7 +22,7 @@ from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.folder import LoadedTask, load_task
 from albef_core.tasks.predict import predict
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itm_logits
-from albef_core.weights import LoadedModel, load_model, task_of_folder
+from albef_core.weights import LoadedModel, load_model, task_of_model
 
 BATCH_SIZE = 32
 
@@ -39,7 +39,7 @@ class ServedModel(PythonModel):
         """Load the weights that were logged."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = Path(context.artifacts["model"])
-        if task_of_folder(folder):
+        if task_of_model(folder):
             self.tuned = load_task(folder, device=self.device)
             self.tuned.model.eval()
         else:
@@ -53,7 +53,7 @@ class ServedModel(PythonModel):
 
         `similarity` is the cosine of ITC, -1 to 1; `match` the probability by ITM, 0 to 1. A model
         fine-tuned for a task gives `answer`, the class or the answer to the question, and its
-        `probability`; NLVR2's also takes `left`, the left picture, beside `image`, the right one.
+        `probability`; where two pictures are judged, `left` stands beside `image`, the right one.
         """
         work = self._judge if self.tuned is None else partial(self._do_task, self.tuned)
         parts = [

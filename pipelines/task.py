@@ -51,8 +51,8 @@ class Task(Protocol):
         ...
 
     @property
-    def teacher(self) -> nn.Module:
-        """Its moving average."""
+    def teacher(self) -> nn.Module | None:
+        """Its moving average, where the task distills."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class Task(Protocol):
         ...
 
     def forward(self, batch: Any, *, longest: int, alpha: float, seed: int) -> Any:
-        """Move the teacher, and give an `Outcome`; `longest` is that of the global batch."""
+        """Move the teacher, if any, and give an `Outcome`; `longest` is the global batch's."""
         ...
 
     def accept(self, outcome: Any) -> None:

@@ -31,7 +31,8 @@ LINE_WIDTH, MAX_LINES = 60, 3
 class Case:
     """One example, what is true of it and what the model said."""
 
-    image: UInt8[np.ndarray, "H W 3"]
+    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
+    """The picture, or the left and the right one."""
     text: str
     truth: str
     answer: str
@@ -41,11 +42,14 @@ class Case:
 
 def cases_figure(name: str, cases: Sequence[Case]) -> Figure:
     """Show examples with what the model said; `name` is `best` or `worst`: the surest of them."""
-    figure, panels = panel_rows(len(cases), widths=(1, 2.4), width=7)
+    num_pictures = len(cases[0].images)
+    widths, width = (*[1.0] * num_pictures, 2.4), 5 + 2 * num_pictures
+    figure, panels = panel_rows(len(cases), widths=widths, width=width)
     what = "right" if name == "best" else "wrong"
     figure.suptitle(f"Where the model is surest and {what}", fontsize=10)
-    for (picture, words), case in zip(panels, cases, strict=True):
-        show_picture(picture, case.image)
+    for (*pictures, words), case in zip(panels, cases, strict=True):
+        for panel, image in zip(pictures, case.images, strict=True):
+            show_picture(panel, image)
         shape = {"width": LINE_WIDTH, "max_lines": MAX_LINES}
         paragraph(words, 0.98, case.text, note="text", color=GRAY, **shape)
         said = f"{case.answer} ({percent(case.probability)})"

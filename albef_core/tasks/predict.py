@@ -17,6 +17,8 @@ from albef_core.tasks.entailment import EntailmentModel, entail
 from albef_core.tasks.folder import LoadedTask
 from albef_core.tasks.labels import ENTAILMENT_LABELS, NLVR2_LABELS
 from albef_core.tasks.nlvr2 import Nlvr2Model, verify
+from albef_core.tasks.text_assignment import LABELS as ASSIGNMENT_LABELS
+from albef_core.tasks.text_assignment import AssignmentModel, assign
 from albef_core.tasks.vqa import VqaModel
 from albef_core.tasks.vqa_answers import generate_answers, rank_answers
 
@@ -57,7 +59,8 @@ def predict(
 ) -> Predictions:
     """Let a fine-tuned model, in eval mode, judge or answer (ALBEF section 4).
 
-    `pictures` are resized to the model's resolution; for NLVR2 two a row, left and right.
+    `pictures` are resized to the model's resolution; for NLVR2 and text assignment two a row, left
+    and right.
     """
     device = next(loaded.model.parameters()).device
     ids, mask = _tokens(loaded, texts, device)
@@ -68,6 +71,8 @@ def predict(
     if isinstance(model, Nlvr2Model):
         true = verify(model, pixels, ids, mask)
         return _classes(torch.stack([1 - true, true], dim=1), NLVR2_LABELS)
+    if isinstance(model, AssignmentModel):
+        return _classes(assign(model, pixels, ids, mask), ASSIGNMENT_LABELS)
     assert isinstance(model, EntailmentModel)
     return _classes(entail(model, pixels, ids, mask), ENTAILMENT_LABELS)
 

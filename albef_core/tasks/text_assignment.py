@@ -210,3 +210,16 @@ def assignment_step(
         assignment=assignment,
         image_tokens=image_tokens,
     )
+
+
+@torch.inference_mode()
+def assign(
+    model: AssignmentModel,
+    images: Float[Tensor, "B 2 3 R R"],
+    token_ids: Int[Tensor, "B L"],
+    attention_mask: Bool[Tensor, "B L"],
+) -> Float[Tensor, "B 3"]:
+    """Give the probability of each of `LABELS` for two images a text; the model is in eval mode."""
+    first, second = model.image_encoder(images.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+    logits = model(token_ids, attention_mask, first, second)
+    return full_precision(logits).softmax(dim=1)

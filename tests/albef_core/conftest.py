@@ -1,6 +1,7 @@
 """Small models and batches for the tests of the core."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def tiny_config() -> ModelConfig:
         max_positions=12,
         feature_size=8,
         dropout=0.0,
+    )
+
+
+@pytest.fixture
+def head_wide_config(tiny_config: ModelConfig) -> ModelConfig:
+    """Heads of 64, as an official checkpoint is read."""
+    return replace(
+        tiny_config, image_width=64, image_heads=1, text_width=128, text_heads=2, dropout=0.1
     )
 
 

@@ -12,7 +12,9 @@ from albef_core.errors import InputError
 from albef_core.task_api import FineTuned
 from albef_core.tasks.folder import MODELS, save_task
 from albef_core.tasks.predict import Answering
+from albef_core.teacher import frozen_copy
 from albef_core.tokenizer import Tokenizer
+from albef_core.weights import save_official
 
 ANSWERS = ("red", "blue", "two squares")
 WORDS = ["a red square left of two blue squares", "is it so?"]
@@ -22,16 +24,22 @@ WORDS = ["a red square left of two blue squares", "is it so?"]
 def make_tuned(tmp_path: Path, tiny_config: ModelConfig):
     """Give a function that makes a model of a task, with random weights."""
 
-    def make(task: str, *, batch_size: int = 32) -> FineTuned:
-        tokenizer = Tokenizer.learn(WORDS, vocab_size=tiny_config.vocab_size)
+    def make(
+        task: str,
+        *,
+        batch_size: int = 32,
+        config: ModelConfig = tiny_config,
+        recipe: Recipe = Recipe(),  # noqa: B008  # frozen
+    ) -> FineTuned:
+        tokenizer = Tokenizer.learn(WORDS, vocab_size=config.vocab_size)
         torch.manual_seed(3)
         save_task(
             tmp_path / task,
-            MODELS[task](tiny_config),
+            MODELS[task](config),
             task=task,
-            model_config=tiny_config,
+            model_config=config,
             text_config=TextConfig(tokenizer="corpus", max_words=8, max_tokens=10),
-            recipe=Recipe(),
+            recipe=recipe,
             tokenizer=tokenizer,
             answers=ANSWERS if task == "vqa" else (),
         )
@@ -78,6 +86,26 @@ def test_questions_are_answered_from_the_list_or_freely(make_tuned, pictures, tm
     assert from_file.answers == [from_file.candidates[0][0]]
     free = tuned.answer(pictures, TEXTS, answering=Answering(is_open=True, num_beams=2))
     assert len(free.answers) == 5
+
+
+def test_an_official_file_answers_as_the_folder_does_with_the_same_list(
+    make_tuned, pictures, tmp_path, head_wide_config: ModelConfig
+) -> None:
+    tuned = make_tuned("vqa", config=head_wide_config, recipe=Recipe(keep_sep=False))
+    model = tuned.loaded.model
+    file = tmp_path / "vqa.pth"
+    save_official(file, model, frozen_copy(model), None, tuned.loaded.model_config)
+    tuned.loaded.tokenizer.save(tmp_path)
+    again = FineTuned.load(file, answers=ANSWERS)
+    np.testing.assert_array_equal(
+        again.answer(pictures, TEXTS).probabilities, tuned.answer(pictures, TEXTS).probabilities
+    )
+    bare = FineTuned.load(file)
+    with pytest.raises(InputError, match=r"without a list of answers.*answers=\[\.\.\.\]"):
+        bare.answer(pictures, TEXTS)
+    assert len(bare.answer(pictures, TEXTS, answering=Answering(is_open=True)).answers) == 5
+    with pytest.raises(InputError, match="answer 2, 'Red', is answer 1 again"):
+        FineTuned.load(file, answers=["red", "Red"])
 
 
 def test_what_does_not_fit_is_one_line(make_tuned, pictures) -> None:

@@ -36,14 +36,6 @@ TEXT = TextConfig(tokenizer="corpus", max_tokens=9)
 
 
 @pytest.fixture
-def head_wide_config(tiny_config: ModelConfig) -> ModelConfig:
-    """Heads of 64, as an official checkpoint is read."""
-    return replace(
-        tiny_config, image_width=64, image_heads=1, text_width=128, text_heads=2, dropout=0.1
-    )
-
-
-@pytest.fixture
 def queues(tiny_config: ModelConfig) -> Queues:
     return Queues(tiny_config, ObjectiveConfig(num_slots=5), paper_2021())
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from albef_core.config import ModelConfig, ObjectiveConfig, Recipe, TextConfig
 from albef_core.errors import InputError
 from albef_core.feature_queue import Queues
 from albef_core.model import ALBEF
-from albef_core.teacher import Teacher
+from albef_core.tasks.folder import load_task, save_task
+from albef_core.tasks.vqa import VqaModel
+from albef_core.teacher import Teacher, frozen_copy
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, official_state, read_official, save_model
 from pipelines.export import export
@@ -25,9 +28,9 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def save(folder: Path, config: ModelConfig = CONFIG) -> ALBEF:
+def save(folder: Path, config: ModelConfig = CONFIG, *, model: ALBEF | None = None) -> ALBEF:
     torch.manual_seed(0)
-    model = ALBEF(config)
+    model = model or ALBEF(config)
     save_model(
         folder,
         model,
@@ -46,7 +49,7 @@ def run_job(*args: str | Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        env={"COLUMNS": "250", "PATH": "", "OMP_NUM_THREADS": "1"},
+        env={"COLUMNS": "250", "PATH": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -98,6 +101,61 @@ def test_a_checkpoint_s_teacher_and_queues_go_with_it(tmp_path: Path) -> None:
         assert state[f"teacher.{name}"].equal(tensor), name
     assert state["queues.image.features"].equal(queues.image.features)
     assert state["queues.text.features"].equal(queues.text.features)
+
+
+def test_a_task_s_checkpoint_goes_with_its_teacher_and_its_list_of_answers(tmp_path: Path) -> None:
+    student = VqaModel(CONFIG)
+    save_task(
+        tmp_path / "checkpoint",
+        student,
+        task="vqa",
+        model_config=CONFIG,
+        text_config=TextConfig(),
+        recipe=Recipe(),
+        tokenizer=TOKENIZER,
+        answers=("red", "blue"),
+    )
+    teacher = frozen_copy(VqaModel(CONFIG))
+    moving = official_state(teacher, text_layers=CONFIG.text_layers, prefix="teacher.")
+    save_file(moving, tmp_path / "checkpoint" / "teacher.safetensors")
+    out = tmp_path / "out" / "vqa.pth"
+
+    exported = export(str(tmp_path / "checkpoint"), out)
+
+    assert [line.split(":")[0] for line in exported.inside] == ["student", "teacher (`*_m`)"]
+    assert "answers: 2, in answer_list.json beside it" in exported.not_inside
+    assert exported.next_command == (
+        f"python jobs/evaluate.py vqa --model {out} --answer-list {out.parent / 'answer_list.json'}"
+        " --corpus DIR"
+    )
+    assert json.loads((out.parent / "answer_list.json").read_text()) == ["red", "blue"]
+    state = read_official(out)
+    for prefix, model in (("", student), ("teacher.", teacher)):
+        for name, tensor in model.state_dict().items():
+            assert state[prefix + name].equal(tensor), prefix + name
+    assert load_task(out).task == "vqa"
+
+
+def test_a_retrieval_model_is_exported_without_the_head_that_it_did_not_train(
+    tmp_path: Path,
+) -> None:
+    model = ALBEF(CONFIG)
+    model.drop_mlm_head()
+    save(tmp_path / "checkpoint", model=model)
+    queues = Queues(CONFIG, ObjectiveConfig(num_slots=4), Recipe())
+    queues.push(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([7, 8, 7]))
+    teacher = Teacher(CONFIG, model)
+    moving = official_state(teacher, text_layers=CONFIG.text_layers, prefix="teacher.")
+    moving |= {f"queues.{name}": tensor for name, tensor in queues.state_dict().items()}
+    save_file(moving, tmp_path / "checkpoint" / "teacher.safetensors")
+
+    exported = export(str(tmp_path / "checkpoint"), tmp_path / "retrieval.pth")
+
+    assert exported.next_command.startswith("python jobs/evaluate.py retrieval --model")
+    saved = torch.load(tmp_path / "retrieval.pth", weights_only=True)["model"]
+    assert not any("cls.predictions" in key or ".bert." in key for key in saved)
+    assert saved["idx_queue"].tolist() == [[7, 8, 7, -100]]
+    assert not hasattr(load_model(tmp_path / "retrieval.pth").model, "mlm_head")
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,18 @@ def test_questions_of_one_picture_become_one_row_with_all_answers(tmp_path):
                 },
             ]
         },
-        "vqa:b.jpg": {"questions": [{"question": "who?", "answers": ["anna"]}]},
+        "vqa:b.jpg": {"questions": [{"question": "who?", "answers": ["anna"], "dataset": "vg"}]},
     }
     assert [(row["captions"], row["split"]) for row in rows] == [([], "train")] * 2
+    assert bad == []
+
+
+def test_questions_of_a_test_split_are_kept_without_answers_for_their_ids(tmp_path):
+    write_pictures(tmp_path, "a.jpg")
+    entries = [{"image": "a.jpg", "question": "who?", "question_id": 7, "dataset": "vqa"}]
+    rows, bad = commit(write_list(tmp_path, entries, "vqa_test.json"), tmp_path / "out")
+    (asked,) = told(rows)["vqa:a.jpg"]["questions"]
+    assert asked == {"question": "who?", "answers": [], "id": 7, "dataset": "vqa"}
     assert bad == []
 
 

@@ -158,6 +158,19 @@ def test_vqa_questions_without_the_second_file_are_refused(tmp_path):
         list_records(config_of(answers, tmp_path / "out"))
 
 
+def test_vqa_questions_of_test_dev_need_no_second_file(tmp_path):
+    write_pictures(tmp_path, "COCO_test2015_000000000001.jpg")
+    questions = [{"image_id": 1, "question": "what?", "question_id": 1000}]
+    source = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    source.write_text(json.dumps({"data_subtype": "test-dev2015", "questions": questions}))
+    rows, bad = commit(source, tmp_path / "out")
+    assert told(rows) == {
+        "coco:1": {"questions": [{"question": "what?", "answers": [], "id": 1000}]}
+    }
+    assert [row["split"] for row in rows] == ["test"]
+    assert bad == []
+
+
 # COCO.
 
 

@@ -161,6 +161,20 @@ def test_a_training_restored_into_new_objects_goes_on_bit_for_bit(tmp_path: Path
     assert_same_bits(resumed.everything(), undisturbed.everything())
 
 
+def test_a_training_without_a_teacher_is_restored_too(tmp_path: Path) -> None:
+    training = new_training()
+    training.run(0)
+    alone = replace(training.state, teacher=None, queues=None)
+    folder = write(Snapshotter(alone), tmp_path / "checkpoint")
+    assert not (folder / "teacher.safetensors").exists()
+
+    resumed = new_training(seed=9)
+    restore(folder, replace(resumed.state, teacher=None, queues=None))
+
+    for name, weight in training.state.student.state_dict().items():
+        assert torch.equal(resumed.state.student.state_dict()[name], weight), name
+
+
 def test_a_snapshot_does_not_see_the_steps_after_it(tmp_path: Path) -> None:
     training = new_training()
     snapshotter = Snapshotter(training.state)

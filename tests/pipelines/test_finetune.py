@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
+from albef_core.api import Albef
 from albef_core.config import OptimConfig, Recipe, TextConfig
 from albef_core.errors import InputError
 from albef_core.model import ALBEF
@@ -19,6 +21,8 @@ from albef_core.tasks.folder import load_task
 from albef_core.tasks.predict import Answering, predict
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import is_fine_tuned, load_model, save_model
+from pipelines.answer_file import write_answers
+from pipelines.assignment_task import AssignmentTask
 from pipelines.config import EvaluateTaskConfig, FinetuneConfig
 from pipelines.evaluate_task import evaluate_task
 from pipelines.example_task import ExampleTask, weigh_answers
@@ -28,6 +32,7 @@ from pipelines.manifest import Manifest, read_captions
 from pipelines.pair_task import PairTask
 from pipelines.presets import FINETUNE, tiny
 from pipelines.shapes import shapes_picture
+from pipelines.task import Task
 from tests.conftest import picture_row, write_corpus
 
 NUM_IMAGES, BATCH = 60, 10
@@ -104,14 +109,16 @@ def test_a_task_starts_from_the_pretrained_weights_learns_and_is_kept(
     task: str, corpus: Manifest, pretrained: Path, tmp_path: Path
 ) -> None:
     config = run_of(task, corpus, pretrained, tmp_path)
-    collected = collect_examples(corpus, config.task)
+    collected = None if task == "text-assignment" else collect_examples(corpus, config.task)
     _, tags = prepare_task(config, collected, tmp_path / "start")
-    made = (PairTask if task in ON_PAIRS else ExampleTask)(config, tmp_path / "start", CPU)
+    kinds: dict[str, Any] = {"text-assignment": AssignmentTask} | dict.fromkeys(ON_PAIRS, PairTask)
+    made: Task = kinds.get(task, ExampleTask)(config, tmp_path / "start", CPU)
     theirs = load_model(pretrained).model.state_dict()
     own = made.student.state_dict()
     block = "image_encoder.blocks.0.attn.qkv.weight"
     assert torch.equal(own[block], theirs[block])
-    assert own["image_encoder.pos_embed"].shape[1] == 1 + 9, "48 pixels in patches of 16"
+    patches = 2 * 2 if task == "text-assignment" else 3 * 3  # of 16 pixels: 32, or 1.5 times that
+    assert own["image_encoder.pos_embed"].shape[1] == 1 + patches
     assert "0 missing" in tags["weights"] or "classifier" in tags["weights"] or task not in ON_PAIRS
 
     optimizer = torch.optim.AdamW(made.student.parameters(), lr=2e-3)
@@ -126,13 +133,34 @@ def test_a_task_starts_from_the_pretrained_weights_learns_and_is_kept(
         optimizer.step()
         losses.append(made.curves(outcome)["train/loss/total"].item())
     assert losses[-1] < losses[0]
-    assert moved(made.teacher, theirs), "the teacher follows"
+    if made.teacher is not None:
+        assert moved(made.teacher, theirs), "the teacher follows"
     made.save(tmp_path / "model", made.student)
     assert is_fine_tuned(tmp_path / "model")
     assert not is_fine_tuned(pretrained)
     loaded = load_model(tmp_path / "model") if task in ON_PAIRS else load_task(tmp_path / "model")
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(weight, dict(made.student.named_parameters())[name]), name
+    if task in ON_PAIRS:
+        with pytest.raises(InputError, match=r"no MLM head.*load a pre-trained model"):
+            Albef.load(tmp_path / "model").fill_mask([np.zeros((9, 9, 3), np.uint8)], ["[MASK]"])
+
+
+def test_nlvr2_starts_from_text_assignment_and_nothing_else_does(
+    corpus: Manifest, pretrained: Path, tmp_path: Path
+) -> None:
+    prepare_task(run_of("text-assignment", corpus, pretrained, tmp_path), None, tmp_path / "first")
+    assigned = load_task(init := tmp_path / "first")
+    config = run_of("nlvr2", corpus, init, tmp_path)
+    _, tags = prepare_task(config, collect_examples(corpus, "nlvr2"), tmp_path / "second")
+    own, theirs = load_task(tmp_path / "second").model.state_dict(), assigned.model.state_dict()
+    for name, weight in own.items():
+        is_new = name.startswith("classifier.") or name == "image_encoder.pos_embed"
+        assert is_new or torch.equal(weight, theirs[name]), name
+    assert "4 missing" in tags["weights"], "the classifier alone"
+    config = run_of("entailment", corpus, init, tmp_path)
+    with pytest.raises(InputError, match="fine-tuned for text-assignment, which cannot do this"):
+        prepare_task(config, collect_examples(corpus, "entailment"), tmp_path / "third")
 
 
 def moved(teacher: nn.Module, theirs: dict[str, torch.Tensor]) -> bool:
@@ -167,10 +195,34 @@ def test_examples_are_those_of_the_annotations_and_every_one_is_shown_once_an_ep
 
 
 def test_answers_weigh_what_their_share_of_annotators_is() -> None:
-    texts, weights, counts = weigh_answers([["red", "blue", "red", "red"], ["two"]])
-    assert texts == ["red", "blue", "two"]
-    assert weights == [0.75, 0.25, 1.0]
-    assert counts == [2, 1]
+    given = [["red", "blue", "red", "red"], ["two"], ["cat"]]
+    texts, weights, counts = weigh_answers(given, [1.0, 1.0, 0.5])
+    assert texts == ["red", "blue", "two", "cat"]
+    assert weights == [0.75, 0.25, 1.0, 0.5]
+    assert counts == [2, 1, 1]
+
+
+def corpus_of_questions(folder: Path, *questions: dict) -> Manifest:
+    """One picture with questions."""
+    said = {"annotations": json.dumps({"questions": list(questions)})}
+    return write_corpus(folder, [picture_row(0) | said], rows_per_shard=1, rows_per_group=1)
+
+
+def test_one_annotator_of_visual_genome_weighs_half_as_published(tmp_path: Path) -> None:
+    asked = {"question": "who?", "answers": ["anna"]}
+    manifest = corpus_of_questions(tmp_path, asked, asked | {"dataset": "vg"})
+    assert collect_examples(manifest, "vqa").table["weight"].to_pylist() == [1.0, 0.5]
+
+
+def test_questions_without_answers_are_counted_or_refused(tmp_path: Path) -> None:
+    asked = {"question": "who?", "answers": [], "id": 7}
+    both = corpus_of_questions(tmp_path / "both", asked, asked | {"answers": ["anna"], "id": "8"})
+    collected = collect_examples(both, "vqa")
+    assert collected.table["id"].to_pylist() == ['"8"']
+    assert collected.bad == {"no answer": 1}
+    alone = corpus_of_questions(tmp_path / "alone", asked)
+    with pytest.raises(InputError, match=r"nothing to learn or to score.*--predictions OUT\.json"):
+        collect_examples(alone, "vqa")
 
 
 def test_random_weights_are_taken_only_when_asked_for(
@@ -270,6 +322,20 @@ def test_questions_go_through_training_evaluation_and_mlflow(
     picture = shapes_picture(0, 0).encoded
     answer = served.predict(pd.DataFrame({"image": [picture], "text": ["what color is it?"]}))
     assert 0 <= answer["probability"][0] <= 1
+    asked = {"question": "what color is it?", "answers": []}
+    unscored = corpus_of_questions(tmp_path / "test", asked | {"id": 7}, asked | {"id": 9})
+    config = EvaluateTaskConfig(
+        model=str(result.model), corpus=unscored.folder, predictions=tmp_path / "out" / "said.json"
+    )
+    assert write_answers(config, on_progress=lambda *_: None).num_questions == 2
+    said = json.loads((tmp_path / "out" / "said.json").read_text())
+    assert [one["question_id"] for one in said] == [7, 9]
+    assert {one["answer"] for one in said} <= set(load_task(result.model).answers)
+    with pytest.raises(InputError, match="1 of its 1 questions have no id"):
+        write_answers(
+            dataclasses.replace(config, corpus=corpus_of_questions(tmp_path / "no", asked).folder),
+            on_progress=lambda *_: None,
+        )
     with pytest.raises(InputError, match="fine-tuned for vqa, not for entailment"):
         evaluate_task(
             "entailment", EvaluateTaskConfig(model=str(result.model), corpus=corpus.folder)

@@ -1,6 +1,7 @@
 """Recorded steps of the official downstream models, by our names."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ class Recording:
     """One folder: sizes, weights, tensors and scalars."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
-        self.scalars: dict[str, Any] = read_json(folder / "scalars.json")
-        self.tensors = load_file(folder / "tensors.safetensors")
-        self.state = from_official(load_file(folder / "checkpoint_init.safetensors"))
+        self.official = load_file(folder / "checkpoint_init.safetensors")
+        self.state = from_official(self.official)
         self.sizes: ModelConfig = sizes_of(self.config)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self._folder / "tensors.safetensors")
+
+    @cached_property
+    def scalars(self) -> dict[str, Any]:
+        return read_json(self._folder / "scalars.json")
 
     def load(self, *, student: nn.Module, teacher: nn.Module | None) -> None:
         """Give models the recorded weights; every key finds its place and every place its key."""
