@@ -1,7 +1,7 @@
 """Whether a training that is killed ends as if nothing had happened: `python -m benchmarks.kill`.
 
 Runs the command undisturbed, then again with kills at random moments, and compares every loss and
-every tensor bit for bit. Needs some 20 minutes on two cores.
+every tensor bit for bit. Needs some 20 minutes on two cores that do nothing else.
 """
 
 import random
