@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
 from albef_core.image_encoder import ImageEncoder
-from albef_core.initialization import initialize_text
+from albef_core.initialization import PUBLISHED_WIDTH, initialize_text
 from albef_core.text_encoder import MlmHead, MultimodalEncoder, TextEncoder
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
@@ -70,7 +70,7 @@ class ALBEF(Encoders):
         super().__init__(config)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
-        initialize_text(self.itm_head, width=config.text_width)
+        initialize_text(self.itm_head, width=PUBLISHED_WIDTH)  # at chance, however narrow
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

@@ -245,6 +245,13 @@ def _current(states: Mapping[str, State]) -> list[str]:
     return [name for name in _by_age(states) if name == newest_of_step[_step_of(name)]]
 
 
+def best_curve(config: TrainConfig) -> str:
+    """Name the curve that marks the best checkpoint; "" where none is marked."""
+    if config.keep_best is not None:
+        return config.keep_best
+    return "val/error" if config.val else "train/loss/total"
+
+
 def open_store(config: TrainConfig) -> CheckpointStore:
     """Open where the checkpoints of a run lie.
 
@@ -253,7 +260,7 @@ def open_store(config: TrainConfig) -> CheckpointStore:
     """
     root = config.checkpoints.rstrip("/") or str(config.storage)
     location = f"{root}/{config.name}"
-    return CheckpointStore(location, keep_last=config.keep_last, keep_best=config.best_curve)
+    return CheckpointStore(location, keep_last=config.keep_last, keep_best=best_curve(config))
 
 
 def _connect(url: str) -> tuple[AbstractFileSystem, str]:

@@ -161,13 +161,6 @@ class TrainConfig:
     """Name in the MLflow model registry under which the finished model becomes a version; empty:
     none."""
 
-    @property
-    def best_curve(self) -> str:
-        """Name the curve that marks the best checkpoint; "" where none is marked."""
-        if self.keep_best is not None:
-            return self.keep_best
-        return "val/error" if self.val else "train/loss/total"
-
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise InputError(

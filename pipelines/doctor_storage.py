@@ -13,6 +13,7 @@ import torch
 
 from albef_core.model import ALBEF
 from albef_core.teacher import Teacher
+from pipelines.checkpoint_store import best_curve
 from pipelines.config import PretrainConfig
 from pipelines.doctor_finding import Finding, Problem
 
@@ -36,7 +37,7 @@ def check_storage(config: PretrainConfig) -> Finding:
             measured.append(f"{place}: {(str(error) or type(error).__name__).splitlines()[0]}")
             problems.append(Problem("fail", _remedy(flag, place, error)))
     size = checkpoint_bytes(config)
-    count = config.keep_last + 1 + bool(config.best_curve)
+    count = config.keep_last + 1 + bool(best_curve(config))
     measured.append(f"a checkpoint is {_bytes(size)}, and there are up to {count}")
     *_, place = places.values()
     if not problems and not _is_remote(place):

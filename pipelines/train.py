@@ -156,7 +156,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             **weights_tags,
         },
     )
-    tracker = Tracker(handle)
+    tracker, board = Tracker(handle), ProgressBoard.remote()
     try:
         tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(
@@ -168,7 +168,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             steps_per_epoch=epoch_steps,
             tracking_uri=handle.uri,
             run_id=handle.run_id,
-            board=ProgressBoard.remote(),
+            board=board,
         )
         _fit(job, on_gpu=on_gpu)
         last = _last_checkpoint(job, store)
@@ -180,6 +180,8 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
         was_stopped = isinstance(error, KeyboardInterrupt | Preempted)
         tracker.finish("KILLED" if was_stopped else "FAILED")
         raise
+    finally:
+        ray.kill(board)  # Ray keeps an actor for good that travels inside the pickled job
     tracker.finish()
     return TrainResult(
         run_dir=run_dir,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
 from albef_core.distributed import (
     fetch_rows,
@@ -16,6 +15,7 @@ from albef_core.distributed import (
     own_share,
 )
 from albef_core.shares import share_of
+from tests.processes import start_workers
 
 NUM_WORKERS, NUM_PAIRS = 3, 7
 WANTED = [6, 0, 0, 3, 2, 6, 1]
@@ -43,7 +43,7 @@ def test_alone_every_function_is_the_identity() -> None:
 
 @pytest.mark.slow
 def test_three_workers_with_uneven_shares_gather_fetch_and_average(tmp_path: Path) -> None:
-    start_processes(_worker, args=(tmp_path,), nprocs=NUM_WORKERS, start_method="spawn")
+    start_workers(_worker, tmp_path, num=NUM_WORKERS)
     told, weights = all_rows(), torch.arange(1.0, 8.0)
     for rank in range(NUM_WORKERS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from albef_core.distributed import StepModel
@@ -24,6 +23,7 @@ from tests.albef_core.replay import (
     trajectory,
 )
 from tests.golden_folder import GOLDEN, needs_golden
+from tests.processes import start_workers
 
 PRETRAIN = GOLDEN / "pretrain"
 
@@ -207,7 +207,7 @@ def test_the_temperature_is_clamped_as_recorded() -> None:
 def test_two_ranks_agree_with_the_official_two_rank_run(tmp_path: Path) -> None:
     folder = GOLDEN / "pretrain_2ranks"
     num_steps = len(list(folder.glob("step_*")))
-    spawn(_rank, args=(2, num_steps, tmp_path), nprocs=2)
+    start_workers(_rank, 2, num_steps, tmp_path, num=2)
     kind, dtype = "features, similarities, targets, logits, weights", torch.float32
     for number in range(num_steps):
         recorded = load_file(folder / f"step_{number}" / "tensors.safetensors")

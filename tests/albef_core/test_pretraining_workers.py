@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from albef_core.batch import PairBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, OptimConfig, corrected
@@ -24,6 +23,7 @@ from albef_core.optim import adamw
 from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
 from pipelines.presets import tiny
+from tests.processes import start_workers
 
 BATCH, TOKENS, STEPS, FEW = 24, 12, 30, 3
 SIZES = ModelConfig(**{**vars(tiny().model), "vocab_size": 500, "dropout": 0.1})
@@ -145,7 +145,7 @@ def test_workers_change_nothing_even_with_uneven_shares(
     num_steps: int,
 ) -> None:
     arguments = (num_workers, micro_batch_size, num_steps, tmp_path)
-    start_processes(_worker, args=arguments, nprocs=num_workers, start_method="spawn")
+    start_workers(_worker, *arguments, num=num_workers)
     for rank in range(num_workers):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         limit = GRADIENT if micro_batch_size is None else GRADIENT_OF_FEW_ROWS

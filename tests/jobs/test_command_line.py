@@ -236,7 +236,7 @@ def test_every_field_of_a_recipe_can_be_changed_alone(field: dataclasses.Field) 
         ("tiny --corpus c --temperature 0", "--temperature lies between 0.001 and 0.5, got 0.0."),
         ("tiny --corpus c --num-slots 0", "--num-slots is a count of at least 1, got 0."),
         ("tiny --corpus c --lr 0", "--lr is a positive rate, got 0.0."),
-        ("tiny --corpus c --min-lr 1", "--min-lr lies between 0 and --lr (0.001), got 1.0."),
+        ("tiny --corpus c --min-lr 1", "--min-lr lies between 0 and --lr (0.002), got 1.0."),
         ("tiny --corpus c --dropout 1", "--dropout is a share in [0, 1), got 1.0."),
         (
             "tiny --corpus c --image-size 60",
@@ -367,7 +367,7 @@ def test_help_says_what_every_flag_does(capsys: pytest.CaptureFixture[str]) -> N
     assert [f for f, sentence in field_docs(Recipe).items() if f": {sentence}" not in text] == []
     assert "negatives=global|local: Hard negatives" in text
     assert "--resume [PATH]" in text
-    assert "Peak learning rate. The paper: 1e-4 for batch 512. (default: 0.001)" in text
+    assert "Peak learning rate. The paper: 1e-4 for batch 512. (default: 0.002)" in text
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
 from pipelines.agreement import Agreed, Agreement, DisagreementError
+from tests.processes import start_workers
 
 NUM_WORKERS = 2
 Told = tuple[int, int, int, bool]
@@ -50,7 +50,7 @@ def test_workers_at_different_steps_all_stop_and_each_is_named(tmp_path: Path) -
 
 def council(out: Path, *rounds: list[Told]) -> list[list[dict[str, Any]]]:
     """Let real processes meet; give for each round what every worker learned."""
-    start_processes(_worker, args=(rounds, out), nprocs=NUM_WORKERS, start_method="spawn")
+    start_workers(_worker, rounds, out, num=NUM_WORKERS)
     answers = [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(NUM_WORKERS)]
     return [list(told) for told in zip(*answers, strict=True)]
 
@@ -74,7 +74,7 @@ def _worker(rank: int, rounds: tuple[list[Told], ...], out: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_that_drift_apart_are_noticed_by_all(tmp_path: Path) -> None:
-    start_processes(_holder, args=(tmp_path,), nprocs=NUM_WORKERS, start_method="spawn")
+    start_workers(_holder, tmp_path, num=NUM_WORKERS)
     for rank in range(NUM_WORKERS):
         same, drifted = (tmp_path / f"{rank}.txt").read_text().split("\n")
         assert same == "agreed"

@@ -397,7 +397,8 @@ def test_a_model_at_random_guesses_words_and_matches_by_chance(bench: Bench) -> 
     assert numbers.are_finite
     # An untrained head is near the uniform guess: ln(V) and ln(2) nats.
     assert numbers.losses["MLM"] == pytest.approx(math.log(bench.vocab_size), rel=0.1)
-    assert numbers.losses["ITM"] == pytest.approx(math.log(2), rel=0.2)
+    # The head's two logits differ by 0.02 * sqrt(2 * 128) = 0.3 nats; three times that costs 0.27.
+    assert numbers.losses["ITM"] == pytest.approx(math.log(2), abs=0.27)
 
 
 def test_room_on_a_cpu_is_estimated_from_small_steps_and_shared_by_workers(bench: Bench) -> None:

@@ -50,7 +50,7 @@ def test_every_stage_runs_and_the_headline_is_the_one_named_beforehand(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     config = QuickstartConfig(
-        out=tmp_path / "out", num_images=64, num_held_out=24, steps=3, batch_size=16
+        out=tmp_path / "out", num_images=64, num_held_out=24, steps=3, batch_size=16, workers=1
     )
     last: dict[str, tuple[int, int]] = {}
 

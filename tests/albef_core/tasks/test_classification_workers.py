@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 
 from albef_core.batch import PairBatch
 from albef_core.config import corrected
@@ -19,6 +18,7 @@ from albef_core.tasks.nlvr2 import Nlvr2Batch, Nlvr2Model, nlvr2_step
 from albef_core.tasks.text_assignment import AssignmentModel, assignment_step
 from albef_core.teacher import frozen_copy
 from pipelines.presets import tiny
+from tests.processes import start_workers
 
 TASKS = ("entailment", "nlvr2", "assignment")
 BATCH, TOKENS = 11, 8
@@ -110,7 +110,7 @@ def test_workers_change_nothing_even_with_uneven_shares(
     tmp_path: Path, num_workers: int, micro_batch_size: int | None
 ) -> None:
     arguments = (num_workers, micro_batch_size, tmp_path)
-    start_processes(_worker, args=arguments, nprocs=num_workers, start_method="spawn")
+    start_workers(_worker, *arguments, num=num_workers)
     for task in TASKS:
         expected = run(task, micro_batch_size=None)
         for rank in range(num_workers):

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from albef_core.batch import PairBatch, RetrievalBatch
 from albef_core.config import ModelConfig, ObjectiveConfig, Recipe, corrected, paper_2021
@@ -25,6 +24,7 @@ from albef_core.pretraining import pretraining_step
 from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from tests.albef_core import literal
+from tests.processes import start_workers
 
 ALPHA, NUM_SLOTS = 0.4, 5
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # float64 on both sides
@@ -237,7 +237,7 @@ def train_once() -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_uneven_shares_of_two_workers_change_nothing(tmp_path: Path) -> None:
-    start_processes(_worker, args=(tmp_path,), nprocs=WORKERS, start_method="spawn")
+    start_workers(_worker, tmp_path, num=WORKERS)
     alone = train_once()
     for rank in range(WORKERS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
 from albef_core.config import ModelConfig
 from albef_core.distributed import mean_over_workers, own_share
 from albef_core.tasks.vqa import VqaBatch, vqa_step
 from pipelines.presets import tiny
 from tests.albef_core.tasks.questions import lagging_teacher, make_questions, random_vqa
+from tests.processes import start_workers
 
 NUM_ANSWERS = [2, 1, 3, 1, 4]  # five questions: the shares of two or three workers are uneven
 SIZES = ModelConfig(
@@ -57,7 +57,7 @@ def step() -> dict[str, Any]:
 @pytest.mark.parametrize("num_workers", [3])
 def test_the_mean_over_workers_is_the_global_step(tmp_path: Path, num_workers: int) -> None:
     arguments = (num_workers, tmp_path)
-    start_processes(_worker, args=arguments, nprocs=num_workers, start_method="spawn")
+    start_workers(_worker, *arguments, num=num_workers)
     alone = step()
     for rank in range(num_workers):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
