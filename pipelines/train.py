@@ -156,7 +156,8 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             **weights_tags,
         },
     )
-    tracker, board = Tracker(handle), ProgressBoard.remote()
+    tracker = Tracker(handle)
+    board: Any = ProgressBoard.remote()
     try:
         tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(
