@@ -121,7 +121,7 @@ class MultimodalEncoder(nn.Module):
         """Do as `forward`, with images that `project` has seen; `image_of_row` counts among them.
 
         Where an image meets many captions, copying its keys and values to each row is cheaper than
-        projecting it once a row: that would be half of all the work.
+        projecting it once a row.
         """
         for layer, images in zip(self.layers, projected, strict=True):
             looked_at = images.rows(image_of_row)

@@ -90,7 +90,7 @@ class TrainConfig:
     """Corpus folder, as written by jobs/ingest.py."""
     val: Path | None = None
     """Corpus of held-out pictures, on which the student is measured at the end of every epoch: the
-    curves `val/...`. The finished model is then that of the best epoch."""
+    curves `val/...`. The finished model is then that of the best checkpoint (--keep-best)."""
     storage: Path = Path("runs")
     """Folder for checkpoints and results of runs."""
     name: str = ""

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from albef_core.batch import normalize
 from albef_core.distributed import StepModel, data_parallel
-from albef_core.official import from_official
 from albef_core.tasks.entailment import EntailmentBatch, entailment_step
 from albef_core.tasks.folder import LoadedTask, load_task, save_task
 from albef_core.tasks.labels import LABELS
@@ -21,6 +19,7 @@ from albef_core.tasks.predict import MAX_ANSWER_TOKENS
 from albef_core.tasks.vqa import VqaBatch, vqa_step
 from albef_core.teacher import follow, frozen_copy
 from albef_core.weights import apply_weights
+from pipelines.checkpoint import TEACHER_FILE, read_moving
 from pipelines.config import FinetuneConfig
 from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
 from pipelines.validation import answer_examples
@@ -28,7 +27,6 @@ from pipelines.validation import answer_examples
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
 
-TEACHER_FILE = "teacher.safetensors"
 STEPS: dict[str, Callable[..., Any]] = {
     "entailment": entailment_step,
     "vqa": vqa_step,
@@ -198,6 +196,5 @@ def weigh_answers(
 
 def read_teacher(file: Path, teacher: nn.Module) -> None:
     """Give a teacher the weights that the driver has prepared."""
-    saved = from_official(load_file(file))
-    state = {name.removeprefix("teacher."): tensor for name, tensor in saved.items()}
-    apply_weights(teacher, state, source=str(file))
+    weights, _ = read_moving(file)
+    apply_weights(teacher, weights, source=str(file))

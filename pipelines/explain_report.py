@@ -16,7 +16,17 @@ from rich.text import Text
 
 from albef_core.metrics import Estimate
 from pipelines.annotations import Box
-from pipelines.report import BLUE, GRAY, GREEN, INK, ORANGE, drawable, panel_rows, percent
+from pipelines.report import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    drawable,
+    estimates_figure,
+    interval,
+    panel_rows,
+    percent,
+)
 
 if TYPE_CHECKING:
     from pipelines.evaluate_grounding import GroundingResult
@@ -120,27 +130,15 @@ def found_figure(name: str, cases: Sequence[Found]) -> Figure:
 
 def grounding_figure(result: "GroundingResult") -> Figure:
     """Draw each metric and slice with its interval, and what a blind guess would reach."""
-    rows = _estimates(result)
-    figure = Figure(figsize=(6.5, 0.4 * len(rows) + 1.2), layout="constrained")
-    panel = figure.subplots()
-    places = np.arange(len(rows))
-    values = np.array([estimate.value for estimate in rows.values()])
-    spread = np.array([[e.value - e.low, e.high - e.value] for e in rows.values()]).T
-    # A percentile interval of a small slice may leave out the value itself.
-    panel.errorbar(values, places, xerr=np.maximum(spread, 0), fmt="o", color=BLUE, capsize=3)
-    panel.plot([e.chance for e in rows.values()], places, "|", color=GRAY, markersize=14)
-    panel.set_yticks(places, list(rows), fontsize=8)
-    panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(0, 1)
-    panel.set_xlabel("share with 95 % interval; gray: chance", fontsize=8)
     found = result.metrics[result.headline]
-    panel.set_title(
-        f"{result.lens}; {METRIC_NAMES[result.headline]}: {percent(found.value)},"
-        f" chance {percent(found.chance)}",
-        fontsize=10,
+    return estimates_figure(
+        _estimates(result),
+        title=(
+            f"{result.lens}; {METRIC_NAMES[result.headline]}: {percent(found.value)},"
+            f" chance {percent(found.chance)}"
+        ),
+        what="share with 95 % interval; gray: chance",
     )
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def sweep_figure(result: "GroundingResult") -> Figure:
@@ -178,7 +176,7 @@ def grounding_table(result: "GroundingResult") -> Table:
     table.add_column("times chance", justify="right")
     headline = METRIC_NAMES[result.headline]
     for name, found in _estimates(result).items():
-        cell = f"{100 * found.value:5.1f}  ({100 * found.low:.1f} - {100 * found.high:.1f})"
+        cell = interval(found)
         times = f"{found.value / found.chance:.1f}" if found.chance else ""
         style = "bold" if name == headline else None
         table.add_row(name, cell, f"{100 * found.chance:.1f}", times, style=style)

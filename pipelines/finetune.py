@@ -27,10 +27,9 @@ from albef_core.weights import (
     task_of_model,
 )
 from pipelines.assignment_task import AssignmentTask
-from pipelines.checkpoint import TEACHER, read_moving
-from pipelines.checkpoint import TEACHER_FILE as TEACHER_OF_CHECKPOINT
+from pipelines.checkpoint import TEACHER, TEACHER_FILE, read_moving
 from pipelines.config import FinetuneConfig, TaskName
-from pipelines.example_task import TEACHER_FILE, ExampleTask
+from pipelines.example_task import ExampleTask
 from pipelines.examples import EXAMPLES_FILE, Collected, collect_examples, write_examples
 from pipelines.manifest import check_captioned, read_manifest
 from pipelines.model_store import find_model
@@ -127,7 +126,7 @@ def prepare_task(
         save_task(partial, student, task=config.task, answers=answers, **common)
     logger.info("weights from %s", report)
     if teacher is not None:
-        state = official_state(teacher, text_layers=sizes.text_layers, prefix="teacher.")
+        state = official_state(teacher, text_layers=sizes.text_layers, prefix=TEACHER)
         save_file(state, partial / TEACHER_FILE)
     if collected is not None:
         write_examples(collected, partial / EXAMPLES_FILE)
@@ -212,7 +211,7 @@ def _pretrained(source: Path, loaded: LoadedModel | LoadedTask) -> Mapping[str, 
     if source.is_file():
         return read_official(source)
     weights = dict(loaded.model.state_dict())
-    teacher = source / TEACHER_OF_CHECKPOINT
+    teacher = source / TEACHER_FILE
     if not teacher.is_file():
         return weights
     moving, _ = read_moving(teacher)

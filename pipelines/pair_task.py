@@ -16,8 +16,9 @@ from albef_core.pretraining import push_step
 from albef_core.tasks.retrieval import retrieval_step
 from albef_core.teacher import Teacher
 from albef_core.weights import load_model, save_model
+from pipelines.checkpoint import TEACHER_FILE
 from pipelines.config import FinetuneConfig
-from pipelines.example_task import TEACHER_FILE, read_teacher
+from pipelines.example_task import read_teacher
 from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
 from pipelines.validation import retrieve_pairs
 

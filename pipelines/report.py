@@ -211,9 +211,7 @@ def summary_table(result: "RetrievalResult") -> Table:
     table.add_column("chance", justify="right")
     for name in METRICS:
         estimates = [metrics[name] for metrics in result.metrics.values()]
-        cells = [
-            f"{100 * e.value:5.1f}  ({100 * e.low:.1f} - {100 * e.high:.1f})" for e in estimates
-        ]
+        cells = [interval(e) for e in estimates]
         style = "bold" if name == "mean_recall" else None
         table.add_row(NAMES[name], *cells, f"{100 * estimates[0].chance:.1f}", style=style)
     return table
@@ -302,6 +300,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def interval(found: Estimate) -> str:
+    """Say a share and its interval for a terminal's table, in percent."""
+    return f"{100 * found.value:5.1f}  ({100 * found.low:.1f} - {100 * found.high:.1f})"
+
+
 def drawable(text: str) -> str:
     """Replace what the font cannot draw by a square; matplotlib would warn at each."""
     return "".join(c if c == "\n" or ord(c) in _glyphs() else MISSING_GLYPH for c in text)
@@ -311,3 +314,25 @@ def drawable(text: str) -> str:
 def _glyphs() -> frozenset[int]:
     font = font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
     return frozenset(font_manager.get_font(font).get_charmap())
+
+
+def estimates_figure(rows: Mapping[str, Estimate], *, title: str, what: str) -> Figure:
+    """Draw shares of 1 below each other, each with its interval and, in gray, its chance.
+
+    `what` names the axis.
+    """
+    figure = Figure(figsize=(6.5, 0.4 * len(rows) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    places = np.arange(len(rows))
+    values = np.array([estimate.value for estimate in rows.values()])
+    spread = np.array([[e.value - e.low, e.high - e.value] for e in rows.values()]).T
+    # A percentile interval of a small slice may leave out the value itself.
+    panel.errorbar(values, places, xerr=np.maximum(spread, 0), fmt="o", color=BLUE, capsize=3)
+    panel.plot([e.chance for e in rows.values()], places, "|", color=GRAY, markersize=14)
+    panel.set_yticks(places, list(rows), fontsize=8)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_xlim(0, 1)
+    panel.set_xlabel(what, fontsize=8)
+    panel.set_title(title, fontsize=10)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure

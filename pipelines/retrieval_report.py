@@ -16,6 +16,7 @@ from pipelines.report import (
     NAMES,
     ORANGE,
     VERMILION,
+    interval,
     panel_rows,
     paragraph,
     percent,
@@ -100,10 +101,7 @@ def slices_table(result: "RetrievalResult") -> Table:
     for k in RECALLS_AT:
         table.add_column(f"{NAMES[f'ir_r{k}']} (95 %)")
     for name, metrics in result.slices.items():
-        cells = [
-            f"{100 * e.value:5.1f}  ({100 * e.low:.1f} - {100 * e.high:.1f})"
-            for e in metrics.values()
-        ]
+        cells = [interval(e) for e in metrics.values()]
         table.add_row(name, *cells)
     return table
 
@@ -116,6 +114,6 @@ def recall_against_k_table(result: "RetrievalResult") -> Table:
     table.add_column("mean recall (95 %)")
     for point in result.sweep:
         e = point.mean_recall
-        cell = f"{100 * e.value:5.1f}  ({100 * e.low:.1f} - {100 * e.high:.1f})"
+        cell = interval(e)
         table.add_row(str(point.top_k), f"{point.num_pairs:,}", cell)
     return table

@@ -15,6 +15,8 @@ from pipelines.report import (
     GRAY,
     GREEN,
     VERMILION,
+    estimates_figure,
+    interval,
     panel_rows,
     paragraph,
     percent,
@@ -62,22 +64,11 @@ def cases_figure(name: str, cases: Sequence[Case]) -> Figure:
 
 def slices_figure(accuracy: Estimate, slices: Mapping[str, Estimate]) -> Figure:
     """Draw the accuracy of each slice with its interval, and what saying one thing would reach."""
-    rows = {"all": accuracy, **slices}
-    figure = Figure(figsize=(6.5, 0.4 * len(rows) + 1.2), layout="constrained")
-    panel = figure.subplots()
-    places = np.arange(len(rows))
-    values = np.array([estimate.value for estimate in rows.values()])
-    spread = np.array([[e.value - e.low, e.high - e.value] for e in rows.values()]).T
-    # A percentile interval of a small slice may leave out the value itself.
-    panel.errorbar(values, places, xerr=np.maximum(spread, 0), fmt="o", color=BLUE, capsize=3)
-    panel.plot([e.chance for e in rows.values()], places, "|", color=GRAY, markersize=14)
-    panel.set_yticks(places, list(rows), fontsize=8)
-    panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(0, 1)
-    panel.set_xlabel("accuracy with 95 % interval; gray: always the most frequent", fontsize=8)
-    panel.set_title(f"Right in {percent(accuracy.value)} of all cases", fontsize=10)
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure
+    return estimates_figure(
+        {"all": accuracy, **slices},
+        title=f"Right in {percent(accuracy.value)} of all cases",
+        what="accuracy with 95 % interval; gray: always the most frequent",
+    )
 
 
 def task_table(result: "TaskResult") -> Table:
@@ -87,7 +78,7 @@ def task_table(result: "TaskResult") -> Table:
     table.add_column("accuracy (95 %)")
     table.add_column(f"always {result.majority!r}", justify="right")
     for name, found in {"all": result.accuracy, **result.slices}.items():
-        cell = f"{100 * found.value:5.1f}  ({100 * found.low:.1f} - {100 * found.high:.1f})"
+        cell = interval(found)
         style = "bold" if name == "all" else None
         table.add_row(name, cell, f"{100 * found.chance:.1f}", style=style)
     return table

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from albef_core.api import Albef
 from albef_core.distributed import gather_objects, own_share
+from albef_core.errors import InputError
 from albef_core.metrics import retrieval_metrics
 from albef_core.tasks.folder import LoadedTask
 from albef_core.tasks.predict import predict
@@ -32,6 +33,9 @@ def answer_examples(loaded: LoadedTask, corpus: Path, examples: pa.Table) -> dic
     """Give the accuracy on examples (`examples.SCHEMA`); a collective.
 
     The model is left in training mode, as it is found.
+
+    Raises:
+        InputError: no picture decodes.
     """
     loaded.model.eval()
     scores: list[NDArray[np.floating]] = [np.empty(0)]
@@ -46,7 +50,9 @@ def answer_examples(loaded: LoadedTask, corpus: Path, examples: pa.Table) -> dic
         said = predict(loaded, torch.from_numpy(images), table["text"].to_pylist())
         scores.append(score_answers(loaded.task, table, said.answers)[is_shown])
     loaded.model.train()
-    accuracy = float(np.concatenate(gather_objects(np.concatenate(scores))).mean())
+    every = np.concatenate(gather_objects(np.concatenate(scores)))
+    _check_some(corpus, len(every))
+    accuracy = float(every.mean())
     return {"val/accuracy": accuracy, ERROR: 1 - accuracy}
 
 
@@ -55,6 +61,9 @@ def retrieve_pairs(loaded: LoadedModel, corpus: Path, examples: pa.Table) -> dic
 
     A text of `examples` (`examples.SCHEMA`) belongs to the picture of its row. The model is left in
     training mode, as it is found.
+
+    Raises:
+        InputError: no picture decodes.
     """
     texts_of: dict[int, list[str]] = {}
     for row, text in zip(examples["row"].to_pylist(), examples["text"].to_pylist(), strict=True):
@@ -75,11 +84,17 @@ def retrieve_pairs(loaded: LoadedModel, corpus: Path, examples: pa.Table) -> dic
     image_features, text_features, every_count = (
         np.concatenate(part) for part in zip(*found, strict=True)
     )
+    _check_some(corpus, len(image_features))
     similarity = image_features @ text_features.T
     owners = np.repeat(np.arange(len(image_features)), every_count.astype(int))
     metrics = retrieval_metrics(similarity, similarity, owners, num_resamples=1, seed=0)
     curves = {f"val/{name}": metrics[name].value for name in SHOWN}
     return curves | {ERROR: 1 - metrics["mean_recall"].value}
+
+
+def _check_some(corpus: Path, count: int) -> None:
+    if not count:
+        raise InputError(f"--val {corpus}: no picture decodes. Give another corpus, or none.")
 
 
 def _parts(own: range) -> Iterator[range]:

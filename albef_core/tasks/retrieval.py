@@ -155,17 +155,17 @@ def itm_logits(
     shown, place = pairs[:, 0].unique(return_inverse=True)
     block = place // per_block
     by_length = (block * (1 + texts.tokens.shape[1]) + lengths[pairs[:, 1]]).argsort(stable=True)
+    longest = lengths[pairs[by_length, 1]].tolist()  # once: the loop below never waits for a GPU
     num_done = 0
     for number, rows_of_block in enumerate(by_length.split(block.bincount().tolist())):
         first = number * per_block
         projected = encoder.project(images.tokens[shown[first : first + per_block]])
         for rows in rows_of_block.split(batch_size):
-            text = pairs[rows, 1]
-            mask = texts.attention_mask[text, : int(lengths[text[-1]])]  # the last is the longest
-            tokens = texts.tokens[text, : mask.shape[1]]
+            num_done += len(rows)
+            text, length = pairs[rows, 1], longest[num_done - 1]  # the last is the longest
+            tokens, mask = texts.tokens[text, :length], texts.attention_mask[text, :length]
             fused = encoder.fuse(tokens, mask, projected, place[rows] - first)
             logits[rows] = model.itm_head(fused[:, 0])
-            num_done += len(rows)
             on_pairs(num_done, len(pairs))
     return logits
 

@@ -1,6 +1,7 @@
 """A model of a few thousand random weights, and a corpus encoded by it without Ray."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,20 @@ from pipelines.manifest import Manifest, RowGroup, read_captions, read_row_group
 from pipelines.pictures import _decode
 
 
-def save_small_model(folder: Path, manifest: Manifest, *, seed: int = 0) -> ALBEF:
-    """Write a model folder whose vocabulary is that of a corpus."""
+def words_of(manifest: Manifest) -> Tokenizer:
+    """Learn the vocabulary of a corpus."""
     captions = (caption for own in read_captions(manifest) for caption in own)
-    tokenizer = Tokenizer.learn(captions, vocab_size=200)
+    return Tokenizer.learn(captions, vocab_size=200)
+
+
+def save_small_model(folder: Path, tokenizer: Tokenizer, *, seed: int = 0, **sizes: int) -> ALBEF:
+    """Write a model folder of random weights; `sizes` are fields of `ModelConfig` that differ."""
     config = ModelConfig(
         image_size=16, patch_size=8, image_width=16, image_layers=1, image_heads=2,
         text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=1,
         vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
     )  # fmt: skip
+    config = replace(config, **sizes)
     torch.manual_seed(seed)
     model = ALBEF(config)
     save_model(

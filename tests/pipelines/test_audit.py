@@ -29,7 +29,7 @@ from pipelines.embedder import load_judge
 from pipelines.manifest import content_id, read_columns, read_manifest
 from pipelines.pairs import open_corpus
 from tests.conftest import picture_row, write_corpus
-from tests.pipelines.small_model import encoded_here, save_small_model
+from tests.pipelines.small_model import encoded_here, save_small_model, words_of
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES, BROKEN, SILENT = 20, 3, 5
@@ -53,8 +53,8 @@ def corpus(tmp_path_factory):
 def model(tmp_path_factory, corpus):
     """A checkpoint: the teacher is another random model than the student."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
-    student = save_small_model(folder, read_manifest(corpus))
-    other = save_small_model(folder.with_name("other"), read_manifest(corpus), seed=1)
+    student = save_small_model(folder, words_of(read_manifest(corpus)))
+    other = save_small_model(folder.with_name("other"), words_of(read_manifest(corpus)), seed=1)
     teacher = Teacher(load_model(folder).model_config, other)
     moving = official_state(teacher, text_layers=1, prefix="teacher.")
     save_file(moving | {"queues.image.pointer": torch.tensor(0)}, folder / "teacher.safetensors")

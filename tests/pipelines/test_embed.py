@@ -17,7 +17,7 @@ from pipelines.embed import embed
 from pipelines.embedder import Embedding, embedded_tables
 from pipelines.manifest import read_columns, read_manifest
 from tests.conftest import picture_row, write_corpus
-from tests.pipelines.small_model import encoded_here, save_small_model
+from tests.pipelines.small_model import encoded_here, save_small_model, words_of
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES, BROKEN, SILENT, UNCAPTIONED = 11, 3, 5, 7
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    save_small_model(folder, read_manifest(corpus))
+    save_small_model(folder, words_of(read_manifest(corpus)))
     return folder
 
 
@@ -162,7 +162,7 @@ def test_an_interruption_leaves_whole_files_and_no_list(config, monkeypatch):
 
 def test_embeddings_of_another_model_are_refused(asked, config, tmp_path):
     embed(config)
-    save_small_model(tmp_path / "other", read_manifest(config.corpus), seed=1)
+    save_small_model(tmp_path / "other", words_of(read_manifest(config.corpus)), seed=1)
 
     with pytest.raises(InputError, match=r"holds embeddings of another model \(model_sha256"):
         embed(replace(config, model=str(tmp_path / "other")))
@@ -170,7 +170,7 @@ def test_embeddings_of_another_model_are_refused(asked, config, tmp_path):
 
 def test_the_same_model_at_another_place_goes_on(asked, config, tmp_path):
     embed(config)
-    save_small_model(tmp_path / "copy", read_manifest(config.corpus))
+    save_small_model(tmp_path / "copy", words_of(read_manifest(config.corpus)))
 
     assert embed(replace(config, model=str(tmp_path / "copy"))).num_written == 0
 

@@ -12,14 +12,11 @@ from rich.console import Console
 
 from albef_core.batch import normalize
 from albef_core.captions import clean_caption
-from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
 from albef_core.metrics import retrieval_metrics
-from albef_core.model import ALBEF
 from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itc_similarity, rerank
-from albef_core.tokenizer import Tokenizer
-from albef_core.weights import load_model, read_folder_config, save_model
+from albef_core.weights import load_model, read_folder_config
 from pipelines.config import EvaluateConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval, protocol_of, resolution_of
@@ -27,6 +24,7 @@ from pipelines.manifest import read_columns, read_manifest
 from pipelines.report import summary_table
 from pipelines.tracking import open_run
 from tests.conftest import picture_row, write_corpus
+from tests.pipelines.small_model import save_small_model, words_of
 
 pytestmark = pytest.mark.cluster
 NUM_IMAGES, BROKEN, SILENT, TOP_K = 40, 17, 5, 6
@@ -47,23 +45,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    torch.manual_seed(0)
-    captions = [c for t in read_columns(read_manifest(corpus), ["captions"])
-                for cs in t["captions"].to_pylist() for c in cs]  # fmt: skip
-    tokenizer = Tokenizer.learn(captions, vocab_size=200)
-    config = ModelConfig(
-        image_size=16, patch_size=8, image_width=16, image_layers=1, image_heads=2,
-        text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=1,
-        vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
-    )  # fmt: skip
-    save_model(
-        folder,
-        ALBEF(config),
-        model_config=config,
-        text_config=TextConfig(),
-        recipe=Recipe(),
-        tokenizer=tokenizer,
-    )
+    save_small_model(folder, words_of(read_manifest(corpus)))
     return folder
 
 

@@ -4,18 +4,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from albef_core.api import Albef
-from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
-from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import save_model
 from pipelines.config import ExplainConfig
 from pipelines.explain import explain
 from tests.conftest import SmallCorpus
+from tests.pipelines.small_model import save_small_model
 
 TEXT = "A red square, number 7."
 
@@ -28,21 +25,8 @@ def small(make_corpus: Any) -> SmallCorpus:
 @pytest.fixture(scope="module")
 def model(small: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "model"
-    torch.manual_seed(0)
     tokenizer = Tokenizer.load(small.tokenizer)
-    config = ModelConfig(
-        image_size=32, patch_size=8, image_width=16, image_layers=1, image_heads=2,
-        text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=2,
-        vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
-    )  # fmt: skip
-    save_model(
-        folder,
-        ALBEF(config),
-        model_config=config,
-        text_config=TextConfig(),
-        recipe=Recipe(),
-        tokenizer=tokenizer,
-    )
+    save_small_model(folder, tokenizer, image_size=32, fusion_layers=2)
     return folder
 
 

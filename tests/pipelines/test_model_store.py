@@ -8,13 +8,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
-from albef_core.model import ALBEF
 from albef_core.tokenizer import Tokenizer
-from albef_core.weights import load_model, save_model
+from albef_core.weights import load_model
 from pipelines.model_store import download_model, is_model_uri, log_model
 from pipelines.tracking import RunHandle, open_run, tracking_uri
+from tests.pipelines.small_model import save_small_model
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +39,8 @@ def run(store, tmp_path):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    torch.manual_seed(0)
     tokenizer = Tokenizer.learn(["a red circle", "a green dog runs"] * 4, vocab_size=60)
-    config = ModelConfig(
-        image_size=16, patch_size=8, image_width=16, image_layers=1, image_heads=2,
-        text_width=16, text_heads=2, text_mlp_width=32, text_layers=1, fusion_layers=1,
-        vocab_size=tokenizer.vocab_size, max_positions=32, feature_size=8,
-    )  # fmt: skip
-    save_model(
-        folder,
-        ALBEF(config),
-        model_config=config,
-        text_config=TextConfig(),
-        recipe=Recipe(),
-        tokenizer=tokenizer,
-    )
+    save_small_model(folder, tokenizer)
     return folder
 
 

@@ -18,7 +18,7 @@ from pipelines.presets import tiny
 from pipelines.train import collect_held_out
 from pipelines.validation import retrieve_pairs
 from tests.conftest import picture_row, write_corpus
-from tests.pipelines.small_model import save_small_model
+from tests.pipelines.small_model import save_small_model, words_of
 
 NUM_IMAGES, DAMAGED = 70, 3
 
@@ -32,7 +32,7 @@ def corpus(tmp_path: Path) -> Manifest:
 
 
 def test_pairs_are_retrieved_as_the_api_retrieves_them(corpus: Manifest, tmp_path: Path) -> None:
-    save_small_model(tmp_path / "model", corpus)
+    save_small_model(tmp_path / "model", words_of(corpus))
     loaded = load_model(tmp_path / "model")
     loaded.model.train()
 
@@ -50,6 +50,15 @@ def test_pairs_are_retrieved_as_the_api_retrieves_them(corpus: Manifest, tmp_pat
     assert found["val/mean_recall"] == pytest.approx(metrics["mean_recall"].value)
     assert found["val/tr_r1"] == pytest.approx(metrics["tr_r1"].value)
     assert found["val/error"] == pytest.approx(1 - metrics["mean_recall"].value)
+
+
+def test_held_out_pictures_of_which_none_decodes_are_refused(tmp_path: Path) -> None:
+    rows = [picture_row(0) | {"image": b"no picture"}]
+    corpus = write_corpus(tmp_path / "corpus", rows, rows_per_shard=1, rows_per_group=1)
+    save_small_model(tmp_path / "model", words_of(corpus))
+    table = collect_examples(corpus, "retrieval").table
+    with pytest.raises(InputError, match=r"--val .*: no picture decodes"):
+        retrieve_pairs(load_model(tmp_path / "model"), corpus.folder, table)
 
 
 def test_pictures_that_are_learned_from_are_not_held_out(corpus: Manifest) -> None:
