@@ -102,7 +102,8 @@ class TrainConfig:
     batch_size: int = 512
     """Pairs in a global batch, over all workers. The paper: 512 in pre-training."""
     workers: int = 1
-    """Train workers, each with its share of the batch."""
+    """Train workers, each with its share of the batch; 0: none, the command's own process trains,
+    which starts sooner and is nobody's to replace."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers train: `auto` takes GPUs where the cluster has them."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -169,9 +170,9 @@ class TrainConfig:
             )
         if self.steps is None and self.epochs is None:
             raise InputError("The run has no length. Give --steps or --epochs.")
-        check_counts(self, "steps", "epochs", "batch_size", "workers", "log_every")
+        check_counts(self, "steps", "epochs", "batch_size", "log_every")
         check_counts(self, "micro_batch_size", "checkpoint_every", "keep_last", "min_workers")
-        check_counts(self, "seed", "max_failures", "max_bad_steps", least=0)
+        check_counts(self, "workers", "seed", "max_failures", "max_bad_steps", least=0)
         check_range(self, "checkpoint_minutes")
         check_range(self, "step_timeout_s", low=1.0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
@@ -186,6 +187,11 @@ class TrainConfig:
                 f"--min-workers {self.min_workers} is more than --workers {self.workers}."
                 " Lower it: --workers is the most that are used."
             )
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train: the workers, or this one alone."""
+        return max(1, self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,7 @@ class PretrainConfig(TrainConfig):
                 f"--max-tokens {self.text.max_tokens} is more than --max-positions"
                 f" {self.model.max_positions}. Lower it, or raise that."
             )
-        if not self.recipe.guard_empty and self.batch_size < 2 * self.workers:
+        if not self.recipe.guard_empty and self.batch_size < 2 * self.num_processes:
             raise InputError(
                 f"--batch-size {self.batch_size} with --workers {self.workers} leaves a worker one"
                 " pair, which has no negative, and the recipe has guard_empty=false."

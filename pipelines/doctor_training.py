@@ -52,7 +52,7 @@ def _at_random(side: str, published: str) -> Problem:
 def check_room(worker: Any, config: PretrainConfig) -> Finding:
     """Find the largest batch that fits."""
     nodes = sum(node["Alive"] for node in ray.nodes())
-    workers_here = math.ceil(config.workers / nodes)
+    workers_here = math.ceil(config.num_processes / nodes)
     room: Room | None = ray.get(worker.room.remote(ROOM_SECONDS, workers_here))
     if room is None:
         unknown = Problem("warn", "Watch the memory of the first steps, or look on Linux.")
@@ -62,7 +62,7 @@ def check_room(worker: Any, config: PretrainConfig) -> Finding:
 
 def judge_room(room: Room, config: PretrainConfig) -> Finding:
     """Compare the largest batch with what a worker is to hold at once."""
-    share = math.ceil(config.batch_size / config.workers)
+    share = math.ceil(config.batch_size / config.num_processes)
     at_once = min(share, config.micro_batch_size or share)
     how = "by real steps" if room.is_measured else "estimated from small steps"
     more = "at least " if room.at_least else ""
@@ -97,12 +97,12 @@ def check_rates(worker: Any, config: PretrainConfig, num_images: int) -> Finding
 
 def judge_rates(feed: FeedRate, step: StepRate, config: PretrainConfig, num_images: int) -> Finding:
     """Compare the pairs that the feed makes with those that the step takes, for one worker."""
-    share = math.ceil(config.batch_size / config.workers)
+    share = math.ceil(config.batch_size / config.num_processes)
     part = "all" if step.num_pairs == share else f"{step.num_pairs} of"
     num_steps = config.steps or (config.epochs or 0) * steps_per_epoch(
         num_images, config.batch_size
     )
-    rate = config.workers * min(feed.pairs_per_s, step.pairs_per_s)
+    rate = config.num_processes * min(feed.pairs_per_s, step.pairs_per_s)
     measured = (
         f"a worker: feed {feed.pairs_per_s:,.0f} pairs/s with {feed.cpus:.3g} CPUs, first batch"
         f" after {feed.first_s:.1f} s; step {step.pairs_per_s:,.3g} pairs/s with"
@@ -116,7 +116,7 @@ def _rate_problems(feed: FeedRate, step: StepRate, config: PretrainConfig) -> li
     if feed.pairs_per_s >= COMFORT * step.pairs_per_s:
         return []
     needed = math.ceil(COMFORT * feed.cpus * step.pairs_per_s / feed.pairs_per_s)
-    total = math.ceil(config.workers * (needed + config.worker_cpus))
+    total = math.ceil(config.num_processes * (needed + config.worker_cpus))
     remedy = (
         f"About {needed} CPUs per worker are needed for decoding, {total} in the cluster: add"
         " CPU nodes, or ingest smaller pictures."

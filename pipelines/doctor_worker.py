@@ -58,7 +58,7 @@ class TrialWorker:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         if not use_gpu:
             torch.set_num_threads(max(1, round(config.worker_cpus)))
-        self.share = math.ceil(config.batch_size / config.workers)
+        self.share = math.ceil(config.batch_size / config.num_processes)
         self.bearable = min(self.share, 8)
         """Pairs that a step may have here, in memory and time; `room` finds out."""
         self._bench: Bench | None = None
@@ -99,15 +99,15 @@ class TrialWorker:
     def feed_rate(self, limit_s: float) -> FeedRate:
         """Take batches of the real feed for some seconds after the arrival of the first one."""
         config = self.config
-        cpus = ray.cluster_resources().get("CPU", 1) - config.workers * config.worker_cpus
-        cpu_limit = max(config.feed_cpus, cpus / config.workers)
+        cpus = ray.cluster_resources().get("CPU", 1) - config.num_processes * config.worker_cpus
+        cpu_limit = max(config.feed_cpus, cpus / config.num_processes)
         started = time.perf_counter()
         feed = batches(
             feed_spec(config, self.start),
             start_step=0,
             stop_step=FEED_STEPS,
-            rank=config.workers - 1,
-            world_size=config.workers,
+            rank=config.num_processes - 1,
+            world_size=config.num_processes,
             task_cpus=config.feed_cpus,
             cpu_limit=cpu_limit,
         )

@@ -37,13 +37,13 @@ def use_gpu(config: TrainConfig) -> bool:
     """
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     wants_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
-    if wants_gpu and num_gpus < config.workers:
+    if wants_gpu and num_gpus < config.num_processes:
         raise InputError(
             f"--device {config.device} with --workers {config.workers}: the cluster has {num_gpus}"
             " GPUs. Take fewer workers, or --device cpu."
         )
     num_cpus = ray.cluster_resources().get("CPU", 0)
-    if config.workers * config.worker_cpus + config.feed_cpus > num_cpus:
+    if config.num_processes * config.worker_cpus + config.feed_cpus > num_cpus:
         raise InputError(
             f"--workers {config.workers} at --worker-cpus {config.worker_cpus} leave none of the"
             f" cluster's {num_cpus:g} CPUs for decoding. Take fewer workers or lower --worker-cpus."

@@ -151,7 +151,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             "corpus.id": course.corpus_id,
             "recipe": format_recipe(config.recipe),
             "seed": str(config.seed),
-            "world_size": str(config.workers),
+            "world_size": str(config.num_processes),
             "device": "cuda" if on_gpu else "cpu",
             **weights_tags,
         },

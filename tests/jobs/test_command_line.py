@@ -220,7 +220,7 @@ def test_every_field_of_a_recipe_can_be_changed_alone(field: dataclasses.Field) 
         ("tiny --corpus c --batch-size 2.5", "--batch-size: invalid literal for int()"),
         ("tiny --corpus c --batch-size -4", "--batch-size is a count of at least 1, got -4."),
         ("tiny --corpus c --batch-size 0", "--batch-size is a count of at least 1, got 0."),
-        ("tiny --corpus c --workers 0", "--workers is a count of at least 1, got 0."),
+        ("tiny --corpus c --workers -1", "--workers is a count of at least 0, got -1."),
         ("tiny --corpus c --resume a b", "--resume takes one value or none, got a b."),
         ("tiny --corpus c --steps 0", "--steps is a count of at least 1, got 0."),
         ("tiny --corpus c --epochs -1", "--epochs is a count of at least 1, got -1."),

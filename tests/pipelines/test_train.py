@@ -134,6 +134,31 @@ def test_the_queue_holds_what_the_workers_saw_and_the_teacher_moved(
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_a_process_alone_learns_what_two_workers_learn_and_goes_on_where_it_was(
+    finished: TrainResult,
+    worn_corpus: SmallCorpus,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    alone = small_run(worn_corpus.folder, store, name="alone", workers=0, register="")
+    first = pretrain(alone)
+    second = pretrain(dataclasses.replace(alone, steps=STEPS + 2))
+
+    assert second.handle == first.handle
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    (*learned, last), workers = (
+        client.get_metric_history(run_id, "train/loss/itc")
+        for run_id in (second.handle.run_id, finished.handle.run_id)
+    )
+    assert [point.step for point in learned] == [point.step for point in workers]
+    # Sums are taken in another order, and the weights of 14 steps drift apart.
+    assert [p.value for p in learned] == pytest.approx([p.value for p in workers], rel=1e-3)
+    assert last.step == STEPS + 2
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_saved_config_starts_the_same_run_again(finished: TrainResult) -> None:
     config = read_config(finished.run_dir / "config.json", PretrainConfig)
     assert config.objective.num_slots == 24

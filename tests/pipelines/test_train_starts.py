@@ -37,9 +37,9 @@ MODEL = dataclasses.replace(
 def start(
     local_ray: None, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> PretrainConfig:
-    """One worker, a store of its own."""
+    """This process alone, a store of its own."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return small_run(small_corpus.folder, tmp_path, workers=1, steps=2, model=MODEL, seed=5)
+    return small_run(small_corpus.folder, tmp_path, workers=0, steps=2, model=MODEL, seed=5)
 
 
 def tags_of(result: TrainResult) -> dict[str, str]:
