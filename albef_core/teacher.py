@@ -50,6 +50,13 @@ def frozen_copy(student: Model) -> Model:
     return deepcopy(student).requires_grad_(False)
 
 
+def with_weights_of(teacher: nn.Module, student: Model) -> Model:
+    """Copy a student, and give the copy its teacher's weights; what is not distilled stays."""
+    copy = deepcopy(student)
+    copy.load_state_dict(teacher.state_dict(), strict=False)
+    return copy
+
+
 def alpha_at(step: int, *, alpha: float, ramp_steps: int) -> float:
     """Give the soft targets' weight at a step: linear from 0 over `ramp_steps`, then constant.
 

@@ -15,6 +15,7 @@ from pipelines.pairs import FeedBatch, FeedSpec
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
+    from pipelines.validation import Validation
 
 
 class AssignmentTask:
@@ -72,9 +73,9 @@ class AssignmentTask:
         right = (outcome.logits.argmax(dim=1) == outcome.labels)[outcome.counts]
         return {"train/loss/total": outcome.loss, "train/accuracy": right.float().mean()}
 
-    def validate(self, corpus: Path) -> dict[str, float]:
-        """Measure nothing: the NLVR2 that starts from it says what it is worth."""
-        return {}
+    def validate(self, corpus: Path) -> "Validation":
+        """Never asked: `finetune` refuses --val, the NLVR2 that follows says what it is worth."""
+        raise AssertionError(corpus)
 
     def draw(
         self, tracker: "Tracker | None", batch: FeedBatch, outcome: AssignmentStep, *, step: int

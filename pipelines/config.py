@@ -91,6 +91,10 @@ class TrainConfig:
     val: Path | None = None
     """Corpus of held-out pictures, on which the student is measured at the end of every epoch: the
     curves `val/...`. The finished model is then that of the best checkpoint (--keep-best)."""
+    val_at: tuple[int, ...] = ()
+    """Pairs seen after which it is measured too."""
+    val_model: Literal["student", "teacher"] = "student"
+    """What is measured: the student, or its moving average."""
     storage: Path = Path("runs")
     """Folder for checkpoints and results of runs."""
     name: str = ""
@@ -172,6 +176,12 @@ class TrainConfig:
             raise InputError("The run has no length. Give --steps or --epochs.")
         check_counts(self, "steps", "epochs", "batch_size", "log_every")
         check_counts(self, "micro_batch_size", "checkpoint_every", "keep_last", "min_workers")
+        if self.val_at and (min(self.val_at) < 1 or self.val is None):
+            marks = " ".join(map(str, self.val_at))
+            raise InputError(
+                f"--val-at {marks}: takes numbers of pairs, 1 or more, and needs --val."
+                " Correct them, or leave the flag out."
+            )
         check_counts(self, "workers", "seed", "max_failures", "max_bad_steps", least=0)
         check_range(self, "checkpoint_minutes")
         check_range(self, "step_timeout_s", low=1.0)

@@ -22,7 +22,7 @@ from albef_core.weights import apply_weights
 from pipelines.checkpoint import TEACHER_FILE, read_moving
 from pipelines.config import FinetuneConfig
 from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
-from pipelines.validation import answer_examples
+from pipelines.validation import Validation, answer_examples, measured
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -84,9 +84,10 @@ class ExampleTask:
         name = "accuracy" if self._loaded.task in LABELS else "token_accuracy"
         return {"train/loss/total": outcome.loss, f"train/{name}": right}
 
-    def validate(self, corpus: Path) -> dict[str, float]:
-        """Give the accuracy on the held-out examples."""
-        return answer_examples(self._loaded, corpus, open_examples(self._val))
+    def validate(self, corpus: Path) -> Validation:
+        """Measure the accuracy on the held-out examples."""
+        loaded = measured(self._config, self._loaded, self.student, self.teacher)
+        return answer_examples(loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: ExampleBatch, outcome: Any, *, step: int

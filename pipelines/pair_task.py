@@ -20,7 +20,7 @@ from pipelines.checkpoint import TEACHER_FILE
 from pipelines.config import FinetuneConfig
 from pipelines.example_task import read_teacher
 from pipelines.examples import EXAMPLES_FILE, VAL_FILE, ExampleBatch, ExampleSpec, open_examples
-from pipelines.validation import retrieve_pairs
+from pipelines.validation import Validation, measured, retrieve_pairs
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -105,9 +105,10 @@ class PairTask:
             "train/temperature": self.student.temperature,
         }
 
-    def validate(self, corpus: Path) -> dict[str, float]:
-        """Give the recalls on the held-out pairs, by ITC."""
-        return retrieve_pairs(self._loaded, corpus, open_examples(self._val))
+    def validate(self, corpus: Path) -> Validation:
+        """Measure the recalls on the held-out pairs, by ITC."""
+        loaded = measured(self._config, self._loaded, self.student, self.teacher)
+        return retrieve_pairs(loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: ExampleBatch, outcome: RetrievalStep, *, step: int

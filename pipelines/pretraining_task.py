@@ -19,7 +19,7 @@ from pipelines.examples import VAL_FILE, open_examples
 from pipelines.inputs import feed_spec, num_tokens, to_device
 from pipelines.pairs import FeedBatch
 from pipelines.train_pictures import hard_negative_similarity, log_pictures
-from pipelines.validation import retrieve_pairs
+from pipelines.validation import Validation, measured, retrieve_pairs
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -88,9 +88,10 @@ class PretrainingTask:
             "train/queue_fill": self.queues.image.fill_share(),
         }
 
-    def validate(self, corpus: Path) -> dict[str, float]:
-        """Give the recalls on the held-out pairs, by ITC."""
-        return retrieve_pairs(self._loaded, corpus, open_examples(self._val))
+    def validate(self, corpus: Path) -> Validation:
+        """Measure the recalls on the held-out pairs, by ITC."""
+        loaded = measured(self._config, self._loaded, self.student, self.teacher)
+        return retrieve_pairs(loaded, corpus, open_examples(self._val))
 
     def draw(
         self, tracker: "Tracker | None", batch: FeedBatch, outcome: PretrainingStep, *, step: int

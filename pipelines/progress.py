@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_LOOKS = 0.5
+Measured = tuple[int, dict[str, float]]
+"""Steps done, and the curves `val/...` there."""
+OnMeasured = Callable[[int, Mapping[str, float]], None]
 
 
 @ray.remote(num_cpus=0)
@@ -29,6 +32,7 @@ class ProgressBoard:
         self.values: dict[str, float] = {}
         self.refusal = ""
         self.notes: list[str] = []
+        self.measured: list[Measured] = []
         self.must_stop = False
         self.must_save = False
 
@@ -57,6 +61,15 @@ class ProgressBoard:
         notes, self.notes = self.notes, []
         return notes
 
+    def measure(self, step: int, values: Mapping[str, float]) -> None:
+        """Note what held-out pictures say after `step` steps."""
+        self.measured.append((step, dict(values)))
+
+    def take_measured(self) -> list["Measured"]:
+        """Give what was measured since the last call."""
+        measured, self.measured = self.measured, []
+        return measured
+
     def stop(self) -> None:
         """Ask the workers to leave a checkpoint and end."""
         self.must_stop = True
@@ -78,11 +91,19 @@ class ProgressBoard:
         return self.must_stop, self.must_save
 
 
-def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, total: int) -> Result:
+def run_with_progress(
+    work: Callable[[], Result],
+    board: Any,
+    *,
+    title: str,
+    total: int,
+    on_measured: OnMeasured = lambda step, values: None,
+) -> Result:
     """Run `work` in a thread and show the board until it ends; return or raise what it does.
 
-    On a terminal this is a bar; elsewhere (job logs) a line every 15 seconds. SIGTERM, which is
-    pre-emption or `ray job stop`, is passed on to the board.
+    `on_measured` hears, in this thread, what held-out pictures say. On a terminal this is a bar;
+    elsewhere (job logs) a line every 15 seconds. SIGTERM, which is pre-emption or `ray job stop`,
+    is passed on to the board.
     """
     outcome: dict[str, Any] = {}
 
@@ -96,7 +117,7 @@ def run_with_progress(work: Callable[[], Result], board: Any, *, title: str, tot
     with _sigterm_noted() as is_stopped:
         thread.start()
         show = _bar if sys.stderr.isatty() else _lines
-        show(thread, _Watch(board, is_stopped), title, total)
+        show(thread, _Watch(board, is_stopped, on_measured), title, total)
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
@@ -117,13 +138,17 @@ def _sigterm_noted() -> Iterator[threading.Event]:
 
 
 class _Watch:
-    """Reads the board twice a second: passes a stop on, logs notes."""
+    """Reads the board twice a second: passes a stop on, logs notes and measurements."""
 
-    def __init__(self, board: Any, is_stopped: threading.Event) -> None:
-        self._board, self._is_stopped = board, is_stopped
+    def __init__(self, board: Any, is_stopped: threading.Event, on_measured: OnMeasured) -> None:
+        self._board, self._is_stopped, self._on_measured = board, is_stopped, on_measured
         self._is_passed_on = False
 
     def read(self) -> tuple[int, dict[str, float]]:
+        for step, values in self._take_measured():
+            said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            logger.info("step %d: %s", step, said)
+            self._on_measured(step, values)
         try:
             if self._is_stopped.is_set() and not self._is_passed_on:
                 logger.warning("asked to stop: the workers leave a checkpoint and end")
@@ -134,6 +159,12 @@ class _Watch:
             return ray.get(self._board.read.remote(), timeout=5)
         except (RayError, TimeoutError):
             return 0, {}  # the bar is not worth a training
+
+    def _take_measured(self) -> list[Measured]:
+        try:
+            return ray.get(self._board.take_measured.remote(), timeout=5)
+        except (RayError, TimeoutError):
+            return []
 
 
 def _bar(thread: threading.Thread, watch: _Watch, title: str, total: int) -> None:

@@ -32,6 +32,8 @@ MAY_CHANGE = frozenset(
         "device",
         "corpus",
         "val",
+        "val_at",
+        "val_model",
         "storage",
         "name",
         "log_every",

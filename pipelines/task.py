@@ -12,6 +12,7 @@ from pipelines.feed import Spec
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
+    from pipelines.validation import Validation
 
 
 class Batch(Protocol):
@@ -91,8 +92,8 @@ class Task(Protocol):
         """Give this worker's part of the curves, the losses among them."""
         ...
 
-    def validate(self, corpus: Path) -> dict[str, float]:
-        """Measure the student on held-out examples (a collective); `val/error` is among it."""
+    def validate(self, corpus: Path) -> "Validation":
+        """Measure on held-out examples (a collective); `val/error` is among the curves."""
         ...
 
     def draw(self, tracker: "Tracker | None", batch: Any, outcome: Any, *, step: int) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from pipelines.manifest import Manifest, check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
-from pipelines.progress import ProgressBoard, run_with_progress
+from pipelines.progress import OnMeasured, ProgressBoard, run_with_progress
 from pipelines.resizing import SaveBeforeResizing
 from pipelines.resume import (
     CONFIG_FILE,
@@ -77,8 +77,15 @@ class Course:
     """What the student is asked between epochs."""
 
 
-def pretrain(config: PretrainConfig) -> TrainResult:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    on_measured: OnMeasured = lambda step, values: None,
+    tags: Mapping[str, str] | None = None,
+) -> TrainResult:
     """Pre-train as the config says; a second call with the same name goes on where it was.
+
+    `on_measured` hears the curves `val/...` of `--val` as they come; the run gets `tags` too.
 
     Raises:
         InputError: corpus, tokenizer, starting weights, resources or an earlier run do not fit the
@@ -95,7 +102,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         prepare=lambda config, folder: prepare_start(config, manifest, folder),
         held_out=held_out,
     )
-    return train(config, course)
+    return train(config, course, on_measured=on_measured, tags=tags)
 
 
 def collect_held_out(config: TrainConfig, task: TaskName, learned: Manifest) -> Collected | None:
@@ -122,7 +129,13 @@ def with_absolute_names(config: Config) -> Config:
     )
 
 
-def train(config: TrainConfig, course: Course) -> TrainResult:
+def train(
+    config: TrainConfig,
+    course: Course,
+    *,
+    on_measured: OnMeasured = lambda step, values: None,
+    tags: Mapping[str, str] | None = None,
+) -> TrainResult:
     """Train on the cluster, as one MLflow run; a second call with the same name goes on.
 
     Raises:
@@ -154,6 +167,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             "world_size": str(config.num_processes),
             "device": "cuda" if on_gpu else "cpu",
             **weights_tags,
+            **(tags or {}),
         },
     )
     tracker = Tracker(handle)
@@ -171,14 +185,14 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
             run_id=handle.run_id,
             board=board,
         )
-        _fit(job, on_gpu=on_gpu)
+        _fit(job, on_gpu=on_gpu, on_measured=on_measured)
         last = _last_checkpoint(job, store)
         finished = (store.best() if config.val else None) or last
         model = _finished_model(finished, run_dir / "model")
-        tags = {"corpus.id": course.corpus_id, "seed": str(config.seed)}
-        stored = log_model(handle, model, register=config.register, tags=tags)
+        told = {"corpus.id": course.corpus_id, "seed": str(config.seed)}
+        stored = log_model(handle, model, register=config.register, tags=told)
     except BaseException as error:
-        was_stopped = isinstance(error, KeyboardInterrupt | Preempted)
+        was_stopped = isinstance(error, KeyboardInterrupt | Preempted | SystemExit)
         tracker.finish("KILLED" if was_stopped else "FAILED")
         raise
     finally:
@@ -194,7 +208,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
     )
 
 
-def _fit(job: TrainJob, *, on_gpu: bool) -> None:
+def _fit(job: TrainJob, *, on_gpu: bool, on_measured: OnMeasured) -> None:
     """Run Ray Train until the workers have done the last step, or have stopped."""
     config = job.config
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a loss is noticed
@@ -220,7 +234,9 @@ def _fit(job: TrainJob, *, on_gpu: bool) -> None:
     )
     title = f"training {config.name}"
     try:
-        run_with_progress(trainer.fit, job.board, title=title, total=job.num_steps)
+        run_with_progress(
+            trainer.fit, job.board, title=title, total=job.num_steps, on_measured=on_measured
+        )
     except TrainingFailedError:
         _raise_refusal(job.board)
         raise

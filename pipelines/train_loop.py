@@ -141,12 +141,13 @@ class Worker:
                     self.agreement.check_replicas(self.state.student)
                     self.curves.name_bad()
                     self.task.draw(self.curves.tracker, batch, outcome, step=step)
-            if ends_epoch and job.config.val:
+            is_measured = ends_epoch or self.passes_milestone(step)
+            if is_measured and job.config.val:
                 with self.watchdog.part("validation"):
                     self.validate(job.config.val, step)
             # Within a row of skipped batches nothing moves: a checkpoint would only push out one
             # from before it.
-            is_due = (ends_epoch or self.saver.is_due(step)) and not self.recorder.in_a_row
+            is_due = (is_measured or self.saver.is_due(step)) and not self.recorder.in_a_row
             if is_due or is_last or agreed.must_stop or must_save:
                 with self.watchdog.part("checkpoint"):
                     self.saver.save(step)
@@ -259,13 +260,18 @@ class Worker:
         known = {"train/alpha": self.alpha_of(step - 1), "train/lr": self.schedule.lr_at(step - 1)}
         self.curves.write(values, known, step, device=self.device)
 
+    def passes_milestone(self, step: int) -> bool:
+        """Tell whether a pair of `--val-at` was among those of the step that ends at `step`."""
+        seen = step * self.job.config.batch_size
+        return any(0 <= seen - mark < self.job.config.batch_size for mark in self.job.config.val_at)
+
     def validate(self, corpus: Path, step: int) -> None:
-        """Measure the student on the held-out corpus, and say so (a collective)."""
-        values = self.task.validate(corpus)
-        self.curves.add(values, step)
+        """Measure on the held-out corpus, and say so (a collective)."""
+        config, found = self.job.config, self.task.validate(corpus)
+        self.curves.add(found.curves, step)
         if self.curves.tracker:
-            said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            self.job.board.note.remote(f"step {step}: {said}")
+            found.write(config.storage / config.name)
+            self.job.board.measure.remote(step, found.curves)
 
     def read_wishes(self) -> tuple[bool, bool]:
         """Tell whether the driver wants an end, and whether a checkpoint; rank 0 asks for all."""

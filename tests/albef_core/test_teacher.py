@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from albef_core.config import ModelConfig
 from albef_core.model import ALBEF
-from albef_core.teacher import Teacher, alpha_at, follow, frozen_copy
+from albef_core.teacher import Teacher, alpha_at, follow, frozen_copy, with_weights_of
 from tests.albef_core import literal
 from tests.albef_core.replay import read_json
 from tests.golden_folder import GOLDEN, needs_golden
@@ -124,3 +124,15 @@ def test_a_shared_weight_follows_once_a_step() -> None:
     torch.nn.init.ones_(student[0].weight)
     follow(teacher, student, momentum=0.75)
     assert torch.equal(teacher[1].weight, torch.full((2, 2), 0.25))
+
+
+def test_a_measured_teacher_is_a_student_but_for_what_is_not_distilled(
+    tiny_model: ALBEF, tiny_config: ModelConfig, make_model: Callable[..., ALBEF]
+) -> None:
+    teacher = Teacher(tiny_config, make_model(seed=1))
+    student = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    copy = with_weights_of(teacher, tiny_model).state_dict()
+    theirs = teacher.state_dict()
+    for name, value in copy.items():
+        assert torch.equal(value, student[name] if name in OUTSIDE_THE_TEACHER else theirs[name])
+    assert all(torch.equal(tiny_model.state_dict()[name], value) for name, value in student.items())

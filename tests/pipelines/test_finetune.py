@@ -295,7 +295,7 @@ def test_questions_go_through_training_evaluation_and_mlflow(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     held_out = write_shapes(tmp_path / "held-out", range(NUM_IMAGES, NUM_IMAGES + 11))
     config = run_of("vqa", corpus, pretrained, tmp_path)
-    config = dataclasses.replace(config, val=held_out.folder)
+    config = dataclasses.replace(config, val=held_out.folder, val_at=(BATCH + 1,))
     result = finetune(config)
     evaluated = evaluate_task(
         "vqa",
@@ -316,7 +316,8 @@ def test_questions_go_through_training_evaluation_and_mlflow(
     assert evaluated.run_id == result.handle.run_id
     # Two workers had a share each of what one actor has answered whole.
     client = MlflowClient(result.handle.uri)
-    (point,) = client.get_metric_history(result.handle.run_id, "val/accuracy")
+    first, point = client.get_metric_history(result.handle.run_id, "val/accuracy")
+    assert first.step == 2, "of the step that sees the pair which --val-at names"
     assert (point.step, point.value) == (4, pytest.approx(evaluated.accuracy.value))
     served = mlflow.pyfunc.load_model(result.stored.uri)
     picture = shapes_picture(0, 0).encoded

@@ -36,8 +36,9 @@ def test_pairs_are_retrieved_as_the_api_retrieves_them(corpus: Manifest, tmp_pat
     loaded = load_model(tmp_path / "model")
     loaded.model.train()
 
-    found = retrieve_pairs(loaded, corpus.folder, collect_examples(corpus, "retrieval").table)
+    rows = retrieve_pairs(loaded, corpus.folder, collect_examples(corpus, "retrieval").table)
 
+    found = rows.curves
     assert loaded.model.training
     sources = [open_corpus(corpus.folder).read(n) for n in range(NUM_IMAGES) if n != DAMAGED]
     for n, source in enumerate(sources):
@@ -50,6 +51,11 @@ def test_pairs_are_retrieved_as_the_api_retrieves_them(corpus: Manifest, tmp_pat
     assert found["val/mean_recall"] == pytest.approx(metrics["mean_recall"].value)
     assert found["val/tr_r1"] == pytest.approx(metrics["tr_r1"].value)
     assert found["val/error"] == pytest.approx(1 - metrics["mean_recall"].value)
+    ways = [rows.scores[rows.parts == part].mean() for part in (0, 1)]
+    assert np.mean(ways) == pytest.approx(metrics["mean_recall"].value)
+    assert DAMAGED not in rows.pictures
+    counts = np.bincount(rows.pictures, minlength=NUM_IMAGES)
+    assert set(np.delete(counts, DAMAGED)) == {1 + 2}, "a picture is a query, and so are its texts"
 
 
 def test_held_out_pictures_of_which_none_decodes_are_refused(tmp_path: Path) -> None:
