@@ -24,6 +24,11 @@ def own_share(num_pairs: int) -> range:
     return share_of(dist.get_rank(), dist.get_world_size(), num_pairs)
 
 
+def rank() -> int:
+    """Give the number of this worker; 0 when alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
 def world_size() -> int:
     """Count the workers; 1 when alone."""
     return dist.get_world_size() if is_distributed() else 1

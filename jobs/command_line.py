@@ -36,6 +36,7 @@ from pipelines.config import (
     IngestConfig,
     PretrainConfig,
     QuickstartConfig,
+    SweepConfig,
     TrainConfig,
 )
 from pipelines.presets import UNSET
@@ -52,6 +53,7 @@ ALONE = {"resume": "newest"}
 SAVED_AS = {
     PretrainConfig: "a run's saved config.json, in place of a preset",
     FinetuneConfig: "a run's saved config.json, in place of a task",
+    SweepConfig: "a sweep's saved config.json, in place of a preset",
     IngestConfig: "the config.json beside a corpus's manifest",
     EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     EvaluateTaskConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",

@@ -16,15 +16,17 @@ OBJECT_STORE_SHARE = 0.3
 """... and no more than this share of the machine's memory."""
 
 
-def connect(num_cpus: int | None = None) -> None:
+def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     """Connect this process to Ray; does nothing when it is connected already.
 
     Joins the cluster when `RAY_ADDRESS` is set, as it is inside `ray job submit`. Otherwise starts
-    a local Ray without a dashboard.
+    a local Ray.
 
     Args:
         num_cpus: logical CPUs of a local Ray, raised to two where it is less; default: as many
             as this process may use. A cluster that is joined keeps its own.
+        dashboard: start one with a local Ray. Where worker groups come and go within one job, Ray
+            Train asks it which of them have ended.
     """
     if ray.is_initialized():
         return
@@ -41,7 +43,7 @@ def connect(num_cpus: int | None = None) -> None:
     ray.init(
         address="local",
         num_cpus=max(MIN_LOCAL_CPUS, num_cpus or len(os.sched_getaffinity(0))),
-        include_dashboard=False,
+        include_dashboard=dashboard,
         object_store_memory=_object_store_bytes(),
         logging_level=logging.ERROR,
         log_to_driver=False,

@@ -144,6 +144,29 @@ def run_of_model(
     return open_run(experiment, None, run_name=run_name, params=params, tags=tags), True
 
 
+def settle_run(
+    handle: RunHandle,
+    *,
+    status: str,
+    tags: Mapping[str, str],
+    curves: Mapping[str, Mapping[int, float]],
+) -> None:
+    """Bring to an end what a process left open that was ended from outside.
+
+    Points of `curves`, by step, that it had not sent are added.
+    """
+    client, now = MlflowClient(handle.uri), int(time.time() * 1000)
+    missing = []
+    for name, values in curves.items():
+        known = {point.step for point in client.get_metric_history(handle.run_id, name)}
+        missing += [Metric(name, v, now, step) for step, v in values.items() if step not in known]
+    if missing:
+        client.log_batch(handle.run_id, metrics=missing)
+    for key, value in tags.items():
+        client.set_tag(handle.run_id, key, value[:MAX_VALUE_LENGTH])
+    client.set_terminated(handle.run_id, status)
+
+
 def metric_name(text: str) -> str:
     """Replace what MLflow allows in no metric's name."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)

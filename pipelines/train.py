@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,8 +185,9 @@ def train(
             tracking_uri=handle.uri,
             run_id=handle.run_id,
             board=board,
+            on_gpu=on_gpu,
         )
-        _fit(job, on_gpu=on_gpu, on_measured=on_measured)
+        _fit(job, on_measured=on_measured)
         last = _last_checkpoint(job, store)
         finished = (store.best() if config.val else None) or last
         model = _finished_model(finished, run_dir / "model")
@@ -208,21 +210,35 @@ def train(
     )
 
 
-def _fit(job: TrainJob, *, on_gpu: bool, on_measured: OnMeasured) -> None:
-    """Run Ray Train until the workers have done the last step, or have stopped."""
+def _fit(job: TrainJob, *, on_measured: OnMeasured) -> None:
+    """Train until the last step is done, or until all have stopped: by Ray Train's workers."""
+    # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
+    settings = {"job": cloudpickle.dumps(job)}  # pyright: ignore[reportPrivateImportUsage]  # Ray documents it
+    work = partial(train_loop, settings) if not job.config.workers else _trainer(job, settings).fit
+    title = f"training {job.config.name}"
+    try:
+        run_with_progress(
+            work, job.board, title=title, total=job.num_steps, on_measured=on_measured
+        )
+    except TrainingFailedError:
+        _raise_refusal(job.board)
+        raise
+    _raise_refusal(job.board)
+
+
+def _trainer(job: TrainJob, settings: dict[str, bytes]) -> TorchTrainer:
     config = job.config
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a loss is noticed
     # How long a smaller group is waited for when some workers do not come back.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     num_workers = (config.min_workers, config.workers) if config.min_workers else config.workers
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
-        # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
-        train_loop_config={"job": cloudpickle.dumps(job)},  # pyright: ignore[reportPrivateImportUsage]  # Ray documents it
+        train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=num_workers,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": config.worker_cpus} | ({"GPU": 1} if on_gpu else {}),
+            use_gpu=job.on_gpu,
+            resources_per_worker={"CPU": config.worker_cpus} | ({"GPU": 1} if job.on_gpu else {}),
         ),
         run_config=RunConfig(
             name=config.name,
@@ -230,17 +246,8 @@ def _fit(job: TrainJob, *, on_gpu: bool, on_measured: OnMeasured) -> None:
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=[SaveBeforeResizing(job.board)],  # pyright: ignore[reportArgumentType]  # Ray takes its own kinds too
         ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
     )
-    title = f"training {config.name}"
-    try:
-        run_with_progress(
-            trainer.fit, job.board, title=title, total=job.num_steps, on_measured=on_measured
-        )
-    except TrainingFailedError:
-        _raise_refusal(job.board)
-        raise
-    _raise_refusal(job.board)
 
 
 def _raise_refusal(board: Any) -> None:

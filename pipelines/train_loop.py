@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import ray.train
 import ray.train.torch
 import torch
 from ray import cloudpickle
 from torch import nn
 
-from albef_core.distributed import gather_objects, mean_over_workers
+from albef_core.distributed import gather_objects, mean_over_workers, rank, world_size
 from albef_core.errors import InputError
 from albef_core.optim import Schedule, adamw
 from albef_core.teacher import alpha_at
@@ -49,6 +48,7 @@ class TrainJob:
     run_id: str
     board: Any
     """The driver's ProgressBoard."""
+    on_gpu: bool
 
 
 def train_loop(settings: dict[str, bytes]) -> None:
@@ -75,10 +75,11 @@ class Worker:
 
     def __init__(self, job: TrainJob) -> None:
         self.job, config = job, job.config
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = rank(), world_size()
         self.watchdog = Watchdog(config.step_timeout_s, self.give_up, rank=self.rank)
-        self.device = ray.train.torch.get_device()
+        # Ray Train knows which GPU is this worker's; a process alone has no Ray Train around it.
+        alone = torch.device("cuda" if job.on_gpu else "cpu")
+        self.device = ray.train.torch.get_device() if config.workers else alone
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, round(config.worker_cpus)))
         self.task = job.task(config, job.start, self.device)
