@@ -151,8 +151,17 @@ class TrainConfig:
     """Steps between two points of the logged curves."""
     feed_cpus: float = 0.5
     """CPUs of one decoding task; each worker may run as many as the cluster has left."""
+    feed_share: float | None = None
+    """Share of the cluster's CPUs for decoding: workers leave it free, and no more is taken, so
+    that other jobs find room. Default: all that workers leave."""
     worker_cpus: float = 0.5
     """CPUs that each train worker holds; leave some for decoding."""
+    gpus_per_worker: float = 1.0
+    """Share of a GPU that each train worker takes, where it trains on one."""
+    accelerator_type: str = ""
+    """Kind of GPU to train on by Ray's name, such as `A100` or `H100`; empty: any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Train workers on few nodes, or on many; strict: all on one, or no two on one."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the pictures read will not decode."""
     experiment: str = "albef-pretrain"
@@ -175,6 +184,9 @@ class TrainConfig:
         check_range(self, "checkpoint_minutes")
         check_range(self, "step_timeout_s", low=1.0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
+        check_range(self, "gpus_per_worker", low=0.01, high=1.0)
+        if self.feed_share is not None:
+            check_range(self, "feed_share", low=0.01, high=0.99)
         check_range(self, "max_bad_share", high=1.0)
         if self.batch_size < self.workers:
             raise InputError(

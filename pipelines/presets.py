@@ -1,5 +1,6 @@
 """Named starting points of trainings: functions that return a complete config."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ def base() -> PretrainConfig:
 
 
 def paper_4m() -> PretrainConfig:
-    """The paper's first setting: COCO, VG, SBU, CC3M; 30 epochs at batch 512 on 8 GPUs."""
-    return PretrainConfig(corpus=UNSET, epochs=30, batch_size=512, workers=8, precision="bf16")
+    """The paper's first setting: 30 epochs at batch 512 on 8 GPUs, of COCO, VG, SBU and CC3M.
+
+    These are 4.0 million pictures; the published run took 2 to 4 days on 8 A100.
+    """
+    return dataclasses.replace(base(), batch_size=512, workers=8, device="cuda")
 
 
 def paper_14m() -> PretrainConfig:
-    """The paper's second setting: the same with CC12M beside it."""
-    return PretrainConfig(corpus=UNSET, epochs=30, batch_size=512, workers=8, precision="bf16")
+    """The paper's second setting: the same with CC12M beside it, 14.1 million pictures."""
+    return paper_4m()
 
 
 def small() -> PretrainConfig:
