@@ -1,12 +1,19 @@
 """Pre-train ALBEF on a corpus: `[ray job submit --] python jobs/pretrain.py tiny --corpus DIR`."""
 
+import sys
+
 from command_line import parse_preset, run_job
 
-from pipelines.presets import PRETRAIN
+from pipelines.presets import PLAN, PRETRAIN
+
+PLAN_HELP = "--plan: only say what the run would take, on each GPU or --on one; see --plan --help."
 
 
 def main() -> None:
-    config = parse_preset(PRETRAIN)
+    if "--plan" in sys.argv:
+        print_plan([word for word in sys.argv[1:] if word != "--plan"])
+        return
+    config = parse_preset(PRETRAIN, note=PLAN_HELP)
     # torch and ray come after the parse, so that --help is instant.
     from rich.console import Console
     from rich.table import Column, Table
@@ -24,6 +31,16 @@ def main() -> None:
     next_command = f"python jobs/evaluate.py retrieval --model {result.model} --corpus HELD_OUT"
     table.add_row("next", next_command)
     Console().print(table)
+
+
+def print_plan(args: list[str]) -> None:
+    config = parse_preset(PLAN, args=args)
+    from plan_table import plan_tables
+    from rich.console import Console
+
+    from pipelines.plan import make_plan
+
+    Console().print(plan_tables(make_plan(config), config))
 
 
 if __name__ == "__main__":

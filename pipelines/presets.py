@@ -1,6 +1,9 @@
 """Named starting points of trainings: functions that return a complete config."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from albef_core.config import (
     ObjectiveConfig,
     OptimConfig,
     TextConfig,
+    check_counts,
+    check_range,
 )
 from pipelines.config import AugmentConfig, FinetuneConfig, PretrainConfig, TaskName
 
@@ -102,6 +107,38 @@ PRETRAIN = {
     "paper-4m": paper_4m,
     "paper-14m": paper_14m,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PretrainConfig):
+    """Say what a pre-training would take; nothing is trained, and no corpus needs to be there."""
+
+    corpus: Path = Path()
+    """Corpus folder, as written by jobs/ingest.py; or give --images."""
+    images: int | None = None
+    """Pictures of a corpus that is not there yet."""
+    on: str = ""
+    """GPU to plan for, by Ray's name, or `cpu`. Default: each that anything is known of."""
+    price: float = 0.0
+    """Price of an hour of one GPU or core, in any currency."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "images")
+        check_range(self, "price")
+
+
+def _planned(preset: Callable[[], PretrainConfig]) -> Callable[[], PlanConfig]:
+    @functools.wraps(preset)
+    def plan() -> PlanConfig:
+        fields: dict[str, Any] = vars(preset()) | {"corpus": Path()}
+        return PlanConfig(**fields)
+
+    return plan
+
+
+PLAN = {name: _planned(preset) for name, preset in PRETRAIN.items()}
+"""The presets of pre-training, to be planned."""
 
 INIT = "MODEL"
 """Stands for a model that the command names."""
