@@ -1,17 +1,18 @@
 """A plan of cost and time as two tables: what the run holds, what it takes on each device."""
 
-from rich.console import Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from pipelines.plan import Plan, Range
+from pipelines.plan import Range, make_plan
 from pipelines.presets import PlanConfig
 
 COLORS = {"measured": "green", "reported": "yellow", "estimated": "red"}
 
 
-def plan_tables(plan: Plan, config: PlanConfig) -> Group:
-    """Draw them, and below who says each rate."""
+def print_plan(config: PlanConfig) -> None:
+    """Print them, and below who says each rate."""
+    plan = make_plan(config)
     run = Table("plan", Column("nothing was trained", overflow="fold"), title="Pre-training")
     batch = f"of {config.batch_size:,} pairs, workers: {config.workers}"
     run.add_row("pictures", f"{plan.num_images:,}")
@@ -36,7 +37,7 @@ def plan_tables(plan: Plan, config: PlanConfig) -> Group:
             *([_range(cost.price)] if config.price else []),
         )
         sources.append(f"{rate.on}, {rate.label}: {rate.source}")
-    return Group(run, costs, *map(escape, sources))
+    Console().print(run, costs, *map(escape, sources), sep="\n")
 
 
 def _range(values: Range) -> str:

@@ -11,8 +11,10 @@ PLAN_HELP = "--plan: only say what the run would take, on each GPU or --on one; 
 
 def main() -> None:
     if "--plan" in sys.argv:
-        print_plan([word for word in sys.argv[1:] if word != "--plan"])
-        return
+        planned = parse_preset(PLAN, args=[word for word in sys.argv[1:] if word != "--plan"])
+        from plan_table import print_plan
+
+        return print_plan(planned)
     config = parse_preset(PRETRAIN, note=PLAN_HELP)
     # torch and ray come after the parse, so that --help is instant.
     from rich.console import Console
@@ -31,16 +33,6 @@ def main() -> None:
     next_command = f"python jobs/evaluate.py retrieval --model {result.model} --corpus HELD_OUT"
     table.add_row("next", next_command)
     Console().print(table)
-
-
-def print_plan(args: list[str]) -> None:
-    config = parse_preset(PLAN, args=args)
-    from plan_table import plan_tables
-    from rich.console import Console
-
-    from pipelines.plan import make_plan
-
-    Console().print(plan_tables(make_plan(config), config))
 
 
 if __name__ == "__main__":
