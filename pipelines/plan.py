@@ -123,7 +123,7 @@ def throughputs(config: PlanConfig, rows: list[dict[str, Any]]) -> list[Throughp
 
     Of the table's rows for a device the one counts whose preset is nearest in FLOPs. If that is the
     config's own, its label stands; else its rate is multiplied by the ratio of FLOPs a pair, and
-    labelled `estimated`. A GPU without a row is estimated as well:
+    called `estimated`. A GPU without a row is estimated as well:
 
         pairs/s = peak FLOP/s of the precision x utilization / FLOP a pair
 
