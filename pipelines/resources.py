@@ -139,6 +139,12 @@ def _check_flags(config: TrainConfig) -> None:
             f"--accelerator-type {kind!r} is no name of Ray's.{hint} There are A100, H100, H200"
             " and others: see the names in ray.util.accelerators."
         )
+    if config.min_workers and config.placement.startswith("STRICT"):
+        # It counts what fits on each node, asks for so many, and would wait for them for ever.
+        raise InputError(
+            f"--placement {config.placement} with --min-workers: Ray Train sizes an elastic group"
+            " without it. Take PACK or SPREAD, and --worker-cpus for what a node may hold."
+        )
     share_one = config.gpus_per_worker <= 0.5 and config.placement != "STRICT_SPREAD"
     if config.device != "cpu" and config.workers > 1 and share_one:
         raise InputError(

@@ -27,7 +27,7 @@ from pipelines.manifest import Manifest, check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
-from pipelines.progress import ProgressBoard, run_with_progress
+from pipelines.progress import open_board, run_with_progress
 from pipelines.resizing import SaveBeforeResizing
 from pipelines.resources import scaling_config, use_gpu
 from pipelines.resume import (
@@ -158,7 +158,7 @@ def train(config: TrainConfig, course: Course) -> TrainResult:
         },
     )
     tracker = Tracker(handle)
-    board: Any = ProgressBoard.remote()
+    board = open_board()
     try:
         tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(

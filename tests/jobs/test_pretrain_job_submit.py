@@ -27,7 +27,7 @@ from tests.conftest import SmallCorpus
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 60
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 80, 4
 NOT_UPLOADED = {".git", ".venv", "__pycache__", "mlflow.db", "runs", "tests", "docs"}
 
 
@@ -70,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             # Folders of their own, as machines have: a node that unpacks the working directory
             # again would take it away from under a job of another.
             flags = f"--address=127.0.0.1:{port}", f"--temp-dir={scratch}/{number}"
-            nodes += [start_node(log, "--num-cpus=2", *flags)]
+            nodes += [start_node(log, "--num-cpus=4", *flags)]
         yield Cluster(f"http://127.0.0.1:{dashboard}", scratch, uri, (nodes[0], nodes[1]))
     finally:
         for node in (*nodes, head):
@@ -158,8 +158,8 @@ def submit(cluster: Cluster, *job: str) -> psutil.Popen:
 def test_a_submitted_training_outlives_a_node_and_ends_with_a_run_and_a_model(
     cluster: Cluster, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:
-    # So much that a node holds one worker, and a task of the feed beside it.
-    flags = "--workers 2 --min-workers 1 --worker-cpus 1.2 --feed-cpus 0.4 --placement SPREAD"
+    # So much that a node holds one worker, and two tasks of the feed beside it.
+    flags = "--workers 2 --min-workers 1 --worker-cpus 2.4 --feed-cpus 0.8 --placement SPREAD"
     flags += f" --steps {STEPS} --batch-size 8 --log-every 1 --checkpoint-every {EVERY}"
     flags += " --image-size 32 --image-layers 1 --num-slots 16 --name submitted"
     paths = ["--corpus", str(small_corpus.folder), "--storage", str(tmp_path / "runs")]

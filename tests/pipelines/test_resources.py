@@ -103,6 +103,7 @@ def test_ray_train_is_asked_for_each_field() -> None:
         ({"accelerator_type": "RTX-PRO6000"}, "Did you mean RTX-PRO-6000"),
         ({"accelerator_type": "A100", "device": "cpu"}, "Drop one"),
         ({"gpus_per_worker": 0.5}, "which NCCL refuses"),
+        ({"min_workers": 2, "placement": "STRICT_SPREAD"}, "sizes an elastic group"),
     ],
 )
 def test_flags_that_no_cluster_meets_are_refused(changes: dict[str, Any], sentence: str) -> None:
