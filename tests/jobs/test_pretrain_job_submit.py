@@ -62,6 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "--num-cpus=0",
         MLFLOW_TRACKING_URI=uri,
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3",
+        RAY_health_check_period_ms="1000",
     )
     nodes: list[psutil.Popen] = []
     try:
