@@ -36,10 +36,10 @@ from pipelines.config import (
     IngestConfig,
     PretrainConfig,
     QuickstartConfig,
-    SweepConfig,
     TrainConfig,
 )
-from pipelines.presets import UNSET
+from pipelines.presets import UNSET, PlanConfig
+from pipelines.sweep_config import SweepConfig
 
 Config = TypeVar("Config")
 Training = TypeVar("Training", bound=TrainConfig)
@@ -52,6 +52,7 @@ RIVALS = {"steps": "epochs", "epochs": "steps"}
 ALONE = {"resume": "newest"}
 SAVED_AS = {
     PretrainConfig: "a run's saved config.json, in place of a preset",
+    PlanConfig: "a run's saved config.json, in place of a preset",
     FinetuneConfig: "a run's saved config.json, in place of a task",
     SweepConfig: "a sweep's saved config.json, in place of a preset",
     IngestConfig: "the config.json beside a corpus's manifest",
@@ -99,9 +100,12 @@ def parse_preset(
     presets: Mapping[str, Callable[[], Training]],
     *,
     kind: str = "preset",
+    note: str = "",
     args: Sequence[str] | None = None,
 ) -> Training:
     """Read `PRESET [--config FILE] [flags]` or `--config FILE [flags]`; `kind` names a preset.
+
+    `note` is a line of help.
 
     Flags change the file, and the file replaces the preset. A run without `--name` is named after
     its preset and the time: a name taken over from the file would be an older run's.
@@ -116,8 +120,8 @@ def parse_preset(
     if saved is not None and words[0] not in presets:
         name, prog, doc = "config", _program(), _config_help(config_class)
     else:
-        name = _first_word(words, docs, kind, file_of=config_class)
-        words, prog, doc = words[1:], f"{_program()} {name}", docs[name]
+        name = _first_word(words, docs, kind, file_of=config_class, note=note)
+        words, prog, doc = words[1:], f"{_program()} {name}", f"{docs[name]}\n\n{note}".rstrip()
     start = presets[name]() if saved is None else saved
     config = _read_flags(config_class, words, prog=prog, doc=doc, start=start)
     if "--name" in _given(words):
@@ -175,7 +179,12 @@ def _command(args: Sequence[str] | None) -> list[str]:
 
 
 def _first_word(
-    words: Sequence[str], docs: Mapping[str, str], kind: str, *, file_of: type | None = None
+    words: Sequence[str],
+    docs: Mapping[str, str],
+    kind: str,
+    *,
+    file_of: type | None = None,
+    note: str = "",
 ) -> str:
     """Return the preset or task that the command starts with; on `--help` list them and end.
 
@@ -193,6 +202,7 @@ def _first_word(
         )
         if file_of is not None:
             sys.stdout.write(f"--config FILE: {_config_help(file_of)}\n")
+        sys.stdout.write(f"{note}\n" if note else "")
         raise SystemExit(0)
     if not words or words[0].startswith("-"):
         raise InputError(f"The {kind} is missing. The command starts with one of: {names}.")

@@ -1,12 +1,21 @@
 """Pre-train ALBEF on a corpus: `[ray job submit --] python jobs/pretrain.py tiny --corpus DIR`."""
 
+import sys
+
 from command_line import parse_preset, run_job
 
-from pipelines.presets import PRETRAIN
+from pipelines.presets import PLAN, PRETRAIN
+
+PLAN_HELP = "--plan: only say what the run would take, on each GPU or --on one; see --plan --help."
 
 
 def main() -> None:
-    config = parse_preset(PRETRAIN)
+    if "--plan" in sys.argv:
+        planned = parse_preset(PLAN, args=[word for word in sys.argv[1:] if word != "--plan"])
+        from plan_table import print_plan
+
+        return print_plan(planned)
+    config = parse_preset(PRETRAIN, note=PLAN_HELP)
     # torch and ray come after the parse, so that --help is instant.
     from rich.console import Console
     from rich.table import Column, Table

@@ -5,6 +5,7 @@ import os
 import secrets
 
 import ray
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 from albef_core.errors import InputError
 
@@ -50,29 +51,34 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     )
 
 
+def may_grow() -> bool:
+    """Tell whether an autoscaler may bring nodes: `ray up` and KubeRay run one beside the head."""
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
 def pick_device(asked: str) -> str:
     """Choose `cuda` or `cpu` for models in actors: `auto` takes GPUs where Ray has them.
 
     Raises:
-        InputError: `cuda` is asked for, and there is none.
+        InputError: `cuda` is asked for, and there is none, nor will be.
     """
     num_gpus = ray.cluster_resources().get("GPU", 0)
-    if asked == "cuda" and not num_gpus:
+    if asked == "cuda" and not num_gpus and not may_grow():
         raise InputError("--device cuda: Ray sees no GPU. Use --device auto or cpu.")
-    return "cuda" if asked != "cpu" and num_gpus else "cpu"
+    return "cuda" if asked == "cuda" or (asked == "auto" and num_gpus) else "cpu"
 
 
 def check_actors(actors: int, device: str, *, cpus_left: float = 0) -> None:
     """Refuse more actors than there are GPUs, or CPUs less those that are `cpus_left` to decoding.
 
-    They would wait for ever.
+    They would wait for ever, unless an autoscaler brings nodes.
 
     Raises:
         InputError: so many do not fit.
     """
     have = ray.cluster_resources()
     room = have.get("GPU", 0) if device == "cuda" else have.get("CPU", 0) - cpus_left
-    if actors > room:
+    if actors > room and not may_grow():
         decoding = ", one of which decodes pictures" if cpus_left else ""
         what = "GPUs" if device == "cuda" else f"CPUs{decoding}"
         total = have.get("GPU" if device == "cuda" else "CPU", 0)

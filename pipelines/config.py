@@ -1,8 +1,8 @@
 """One frozen dataclass per job, with every knob a user can turn. Standard library only."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from albef_core.config import (
     DistillConfig,
@@ -156,8 +156,17 @@ class TrainConfig:
     """Steps between two points of the logged curves."""
     feed_cpus: float = 0.5
     """CPUs of one decoding task; each worker may run as many as the cluster has left."""
+    feed_share: float | None = None
+    """Share of the cluster's CPUs for decoding: workers leave it free, and no more is taken, so
+    that other jobs find room. Default: all that workers leave."""
     worker_cpus: float = 0.5
     """CPUs that each train worker holds; leave some for decoding."""
+    gpus_per_worker: float = 1.0
+    """Share of a GPU that each train worker takes, where it trains on one."""
+    accelerator_type: str = ""
+    """Kind of GPU to train on by Ray's name, such as `A100` or `H100`; empty: any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Train workers on few nodes, or on many; strict: all on one, or no two on one."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the pictures read will not decode."""
     experiment: str = "albef-pretrain"
@@ -186,6 +195,9 @@ class TrainConfig:
         check_range(self, "checkpoint_minutes")
         check_range(self, "step_timeout_s", low=1.0)
         check_range(self, "feed_cpus", "worker_cpus", low=0.01)
+        check_range(self, "gpus_per_worker", low=0.01, high=1.0)
+        if self.feed_share is not None:
+            check_range(self, "feed_share", low=0.01, high=0.99)
         check_range(self, "max_bad_share", high=1.0)
         if self.batch_size < self.workers:
             raise InputError(
@@ -234,55 +246,6 @@ class PretrainConfig(TrainConfig):
                 " pair, which has no negative, and the recipe has guard_empty=false."
                 " Take a larger batch."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig(PretrainConfig):
-    """Search the settings of a pre-training: many short trials, measured on held-out pictures.
-
-    What is compared is mean recall on --val by ITC, never the training loss: alpha changes what the
-    loss is, so losses of trials with different alpha say nothing about which model is better.
-    """
-
-    trials: int = 12
-    """Settings to try; the first one is the preset's own."""
-    axes: tuple[str, ...] = ()
-    """What is varied: a field of the config by its dotted name, with a range or a list, such as
-    `objective.alpha=0:1`, `optim.lr=1e-4:1e-2:log`, `batch_size=16,32,64`. Default: alpha from 0 to
-    1, and the rate from a quarter to four times the preset's."""
-    search: Literal["random", "grid", "model"] = "random"
-    """How settings are chosen: spread at random, on a grid, or by a model of those already tried
-    (Optuna's TPE)."""
-    scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """Who stops trials: `asha` those that are behind at a milestone; `pbt` lets them go on from the
-    better one with a changed setting; `none`: nobody."""
-    milestones: tuple[int, ...] = ()
-    """Pairs seen at which trials are measured and compared. Default: an eighth, a quarter and a
-    half of a trial."""
-    reduction: int = 2
-    """Of this many trials that reach a milestone, one goes on (asha)."""
-    at_once: int | None = None
-    """Trials that run at the same time. Default: as many as fit on the cluster."""
-    confirm_seeds: int = 3
-    """Fresh seeds with which the two best settings and the preset's own are trained again, for the
-    final answer; 0: none."""
-    bootstrap: int = 2000
-    """Resamplings behind the 95 % intervals."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "trials", "at_once", "bootstrap")
-        check_counts(self, "reduction", least=2)
-        check_counts(self, "confirm_seeds", least=0)
-        if any(mark < 1 for mark in self.milestones):
-            raise InputError(f"--milestones are numbers of pairs, 1 or more: {self.milestones}.")
-
-    def pretraining(self) -> PretrainConfig:
-        """Give the pre-training that trials vary."""
-        shared: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(PretrainConfig)
-        }
-        return PretrainConfig(**shared)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,8 @@ from pipelines.doctor_storage import check_storage
 from pipelines.doctor_training import check_numbers, check_rates, check_room, check_weights
 from pipelines.doctor_worker import TrialWorker
 from pipelines.manifest import Manifest, check_captioned, read_manifest
-from pipelines.start import prepare_start, use_gpu
+from pipelines.resources import use_gpu
+from pipelines.start import prepare_start
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,8 @@ class Patient:
         if self._worker is None:
             if self.start is None:
                 self._start_at_random()
-            num_gpus = int(ray.cluster_resources().get("GPU", 0) and self.asked.device != "cpu")
+            has_gpus = self.asked.device != "cpu" and ray.cluster_resources().get("GPU", 0)
+            num_gpus = self.asked.gpus_per_worker if has_gpus else 0
             actor = ray.remote(TrialWorker).options(
                 num_cpus=self.asked.worker_cpus, num_gpus=num_gpus
             )

@@ -20,6 +20,7 @@ from pipelines.doctor_memory import Room
 from pipelines.feed import batches
 from pipelines.inputs import feed_spec, num_tokens, to_device
 from pipelines.pairs import FeedBatch
+from pipelines.resources import feed_cpus_of_worker
 
 FEED_STEPS = 400
 """Steps that the trial feed is planned for; planning costs a millisecond each."""
@@ -99,8 +100,11 @@ class TrialWorker:
     def feed_rate(self, limit_s: float) -> FeedRate:
         """Take batches of the real feed for some seconds after the arrival of the first one."""
         config = self.config
-        cpus = ray.cluster_resources().get("CPU", 1) - config.num_processes * config.worker_cpus
-        cpu_limit = max(config.feed_cpus, cpus / config.num_processes)
+        cpu_limit = feed_cpus_of_worker(
+            config,
+            num_workers=config.num_processes,
+            num_cpus=ray.cluster_resources().get("CPU", 1),
+        )
         started = time.perf_counter()
         feed = batches(
             feed_spec(config, self.start),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -89,6 +90,16 @@ class ProgressBoard:
     def read_wishes(self) -> tuple[bool, bool]:
         """Tell whether the workers are asked to stop, and whether for a checkpoint."""
         return self.must_stop, self.must_save
+
+
+def open_board() -> Any:
+    """Start a ProgressBoard on the driver's own node.
+
+    Ray puts an actor without CPUs wherever it likes, and a training whose board is lost with some
+    node is lost itself.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ProgressBoard.options(scheduling_strategy=here).remote()
 
 
 def run_with_progress(

@@ -1,10 +1,9 @@
-"""What a training starts from: the device, the tokenizer, the first weights."""
+"""What a training starts from: the tokenizer, the first weights."""
 
 import dataclasses
 import logging
 from pathlib import Path
 
-import ray
 import torch
 
 from albef_core.config import ModelConfig
@@ -19,7 +18,7 @@ from albef_core.weights import (
     load_text_weights,
     save_model,
 )
-from pipelines.config import PretrainConfig, TrainConfig
+from pipelines.config import PretrainConfig
 from pipelines.manifest import Manifest, read_captions
 from pipelines.model_store import find_model
 
@@ -27,28 +26,6 @@ logger = logging.getLogger(__name__)
 
 FREE_SIZES = ("image_size", "dropout", "vocab_size")
 """Sizes that may differ from those of `--init`: positions are interpolated, words are its own."""
-
-
-def use_gpu(config: TrainConfig) -> bool:
-    """Tell whether a training runs on GPUs.
-
-    Raises:
-        InputError: the cluster has too few GPUs or CPUs for its workers.
-    """
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    wants_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
-    if wants_gpu and num_gpus < config.num_processes:
-        raise InputError(
-            f"--device {config.device} with --workers {config.workers}: the cluster has {num_gpus}"
-            " GPUs. Take fewer workers, or --device cpu."
-        )
-    num_cpus = ray.cluster_resources().get("CPU", 0)
-    if config.num_processes * config.worker_cpus + config.feed_cpus > num_cpus:
-        raise InputError(
-            f"--workers {config.workers} at --worker-cpus {config.worker_cpus} leave none of the"
-            f" cluster's {num_cpus:g} CPUs for decoding. Take fewer workers or lower --worker-cpus."
-        )
-    return wants_gpu
 
 
 def prepare_start(

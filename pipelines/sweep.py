@@ -26,12 +26,13 @@ from ray.tune.search.optuna import OptunaSearch
 from albef_core.errors import InputError
 from albef_core.paired import Difference, paired_bootstrap
 from pipelines.cluster import connect
-from pipelines.config import PretrainConfig, SweepConfig
+from pipelines.config import PretrainConfig
 from pipelines.config_file import read_config, write_config
 from pipelines.manifest import check_captioned, read_manifest
 from pipelines.order import steps_per_epoch
+from pipelines.resources import use_gpu, worker_resources
 from pipelines.resume import CONFIG_FILE
-from pipelines.start import use_gpu
+from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_report import log_report
 from pipelines.sweep_result import Confirmed, SweepResult, TrialResult, format_point, ranked
 from pipelines.sweep_space import Axis, Point, axes_of, flags_of, points_of, value_of, with_point
@@ -136,7 +137,7 @@ def at_once(config: SweepConfig, *, on_gpu: bool) -> int:
     needed = each * config.worker_cpus + config.feed_cpus + (TRIAL_CPUS if config.workers else 0)
     room = int(have.get("CPU", 0) / needed + 1e-9)
     if on_gpu:
-        room = min(room, int(have.get("GPU", 0) / each))
+        room = min(room, int(have.get("GPU", 0) / (each * config.gpus_per_worker)))
     return max(1, min(room, config.at_once or room))
 
 
@@ -290,7 +291,7 @@ def _scheduler(plan: TrialPlan, space: dict[str, Any]) -> TrialScheduler:
 def _trial_resources(config: SweepConfig, *, on_gpu: bool) -> dict[str, float]:
     if config.workers:
         return {"CPU": TRIAL_CPUS}
-    return {"CPU": config.worker_cpus} | ({"GPU": 1} if on_gpu else {})
+    return worker_resources(config, on_gpu=on_gpu)
 
 
 def _result_of(plan: TrialPlan, trial: Trial, default: Point) -> TrialResult:

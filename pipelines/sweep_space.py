@@ -13,7 +13,8 @@ from scipy.stats import qmc
 
 from albef_core.config import format_recipe
 from albef_core.errors import InputError
-from pipelines.config import SweepConfig, TrainConfig
+from pipelines.config import TrainConfig
+from pipelines.sweep_config import SweepConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
 Point = dict[str, Any]

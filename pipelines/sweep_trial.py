@@ -12,7 +12,8 @@ from ray import tune
 
 from albef_core.errors import InputError, Preempted
 from pipelines.checkpoint_store import open_store
-from pipelines.config import PretrainConfig, SweepConfig
+from pipelines.config import PretrainConfig
+from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_space import Point, with_point
 from pipelines.train import pretrain
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 from ray import cloudpickle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -28,8 +28,9 @@ from pipelines.manifest import Manifest, check_captioned, read_manifest
 from pipelines.model_store import StoredModel, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
-from pipelines.progress import OnMeasured, ProgressBoard, run_with_progress
+from pipelines.progress import OnMeasured, open_board, run_with_progress
 from pipelines.resizing import SaveBeforeResizing
+from pipelines.resources import scaling_config, use_gpu
 from pipelines.resume import (
     CONFIG_FILE,
     CORPUS_FILE,
@@ -38,7 +39,7 @@ from pipelines.resume import (
     check_same,
     name_run,
 )
-from pipelines.start import prepare_start, use_gpu
+from pipelines.start import prepare_start
 from pipelines.task import Task
 from pipelines.tracking import RunHandle, Tracker, open_run
 from pipelines.train_loop import TrainJob, train_loop
@@ -172,7 +173,7 @@ def train(
         },
     )
     tracker = Tracker(handle)
-    board: Any = ProgressBoard.remote()
+    board = open_board()
     try:
         tracker.log_artifact(run_dir / CONFIG_FILE, CONFIG_FILE)
         job = TrainJob(
@@ -229,17 +230,14 @@ def _fit(job: TrainJob, *, on_measured: OnMeasured) -> None:
 def _trainer(job: TrainJob, settings: dict[str, bytes]) -> TorchTrainer:
     config = job.config
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a loss is noticed
-    # How long a smaller group is waited for when some workers do not come back.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    num_workers = (config.min_workers, config.workers) if config.min_workers else config.workers
+    # How long a smaller group is waited for when some workers do not come back; all of them may
+    # wait for machines that an autoscaler still boots.
+    wait_s = "30" if config.min_workers else "900"
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", wait_s)
     return TorchTrainer(
         train_loop,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=job.on_gpu,
-            resources_per_worker={"CPU": config.worker_cpus} | ({"GPU": 1} if job.on_gpu else {}),
-        ),
+        scaling_config=scaling_config(config, on_gpu=job.on_gpu),
         run_config=RunConfig(
             name=config.name,
             storage_path=str(config.storage),

@@ -24,6 +24,7 @@ from pipelines.config import TrainConfig
 from pipelines.curves import Curves
 from pipelines.feed import batches
 from pipelines.flight_recorder import FlightRecorder
+from pipelines.resources import feed_cpus_of_worker
 from pipelines.saver import Saver
 from pipelines.task import Batch, Outcome, Task
 from pipelines.watchdog import Watchdog
@@ -162,7 +163,7 @@ class Worker:
     def feed(self, *, start: int) -> Iterator[Batch]:
         """Open this worker's share of the plan, from step `start` on."""
         config = self.job.config
-        cpus = ray.cluster_resources().get("CPU", 1) - self.world_size * config.worker_cpus
+        num_cpus = ray.cluster_resources().get("CPU", 1)
         return batches(
             self.task.spec,
             start_step=start,
@@ -170,7 +171,7 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
             task_cpus=config.feed_cpus,
-            cpu_limit=max(config.feed_cpus, cpus / self.world_size),
+            cpu_limit=feed_cpus_of_worker(config, num_workers=self.world_size, num_cpus=num_cpus),
         )
 
     def train_step(self, batch: Batch, step: int, *, longest: int) -> Outcome:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, may_grow
 
 pytestmark = pytest.mark.cluster
 
@@ -31,7 +31,7 @@ def run_python(code: str, tmp_path: Path, **env: str) -> list[str]:
 def test_a_plain_script_starts_a_guarded_local_ray_with_at_least_two_cpus(tmp_path):
     code = """
 import ray, os
-from pipelines.cluster import connect
+from pipelines.cluster import connect, may_grow
 connect(1)
 connect(5)
 resources = ray.cluster_resources()
@@ -45,7 +45,7 @@ def test_a_script_joins_the_cluster_that_ray_address_names(local_ray, tmp_path):
     address = ray.get_runtime_context().gcs_address
     code = """
 import ray
-from pipelines.cluster import connect
+from pipelines.cluster import connect, may_grow
 connect(7)
 print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
 """
@@ -57,3 +57,14 @@ def test_connecting_twice_does_nothing(local_ray):
     before = ray.get_runtime_context().get_job_id()
     connect()
     assert ray.get_runtime_context().get_job_id() == before
+
+
+def test_a_ray_without_an_autoscaler_does_not_grow_and_one_with_it_may(local_ray, tmp_path):
+    assert not may_grow()
+    code = """
+from pipelines.cluster import connect, may_grow
+connect()
+print(may_grow())
+"""
+    # How `ray up` and KubeRay start the head.
+    assert run_python(code, tmp_path, RAY_enable_autoscaler_v2="1") == ["True"]

@@ -24,7 +24,7 @@ from pipelines.config import (
     QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
-from pipelines.presets import PRETRAIN, tiny
+from pipelines.presets import PRETRAIN, PlanConfig, tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,6 +196,7 @@ def attributes_read() -> set[str]:
     [
         IngestConfig,
         PretrainConfig,
+        PlanConfig,
         EvaluateConfig,
         EvaluateGroundingConfig,
         ExplainConfig,

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from albef_core.errors import InputError
 from pipelines.curves import Curves
-from pipelines.progress import ProgressBoard
+from pipelines.progress import open_board
 from pipelines.tracking import RunHandle, Tracker, open_run
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def curves_of(
 ) -> Curves:
     return Curves(
         tracker=tracker,
-        board=ProgressBoard.remote() if tracker else None,
+        board=open_board() if tracker else None,
         shown=("train/loss/itc", "train/pairs_per_s"),
         batch_size=batch_size,
         corpus="my-corpus",

@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 
 from albef_core.config import ObjectiveConfig, OptimConfig
 from albef_core.errors import InputError
-from pipelines.config import SweepConfig
 from pipelines.presets import SWEEP, tiny
 from pipelines.sweep import sweep
+from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_report import answer, sweep_table
 from pipelines.sweep_result import SweepResult
 from tests.conftest import SmallCorpus, picture_row, write_corpus

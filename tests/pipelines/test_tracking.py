@@ -1,6 +1,10 @@
+import contextlib
 import json
 import math
+import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -306,3 +310,67 @@ def test_a_server_that_goes_down_does_not_stop_the_run(monkeypatch, caplog):
     server.server_close()
     assert [(point["value"], point["step"]) for point in received] == [(1.0, 0), (0.5, 1)]
     assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+def start_server(store: Path, port: int) -> subprocess.Popen:
+    """Start a real server over the file's own store; wait until it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{store}/mlflow.db"]
+    command += ["--artifacts-destination", str(store / "served")]
+    with (store / "server.log").open("a") as log:
+        # A session of its own: what it starts is killed with it.
+        server = subprocess.Popen(
+            command, cwd=store, stdout=log, stderr=log, start_new_session=True
+        )
+    for _ in range(600):
+        assert server.poll() is None, (store / "server.log").read_text()
+        with contextlib.suppress(InputError):
+            tracking.check_server(f"http://127.0.0.1:{port}")
+            return server
+        time.sleep(0.1)
+    raise AssertionError((store / "server.log").read_text())
+
+
+def kill_server(server: subprocess.Popen) -> None:
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_killed_and_started_again_misses_nothing(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    server = start_server(store, port)
+    try:
+        run = open_run("served", tmp_path, run_name="r", params={}, tags={})
+        tracker = Tracker(run)
+        for step in range(50):
+            tracker.log({"loss": 1 / (step + 1)}, step)
+        assert tracker.flush()
+        kill_server(server)
+        for step in range(50, 100):
+            tracker.log({"loss": 1 / (step + 1)}, step)
+        tracker.log_dict({"while": "down"}, "note.json")
+        assert not tracker.flush()
+        assert [point["step"] for point in tracker.unsent()] == list(range(50, 100))
+
+        server = start_server(store, port)
+        for step in range(100, 150):
+            tracker.log({"loss": 1 / (step + 1)}, step)
+        tracker.finish()
+
+        client = MlflowClient(run.uri)
+        assert steps(client, run, "loss") == list(range(150))
+        assert [file.path for file in client.list_artifacts(run.run_id)] == ["note.json"]
+        assert client.get_run(run.run_id).info.status == "FINISHED"
+    finally:
+        kill_server(server)
+    said = [record.message for record in caplog.records if "MLflow at" in record.message]
+    assert len(said) == 2
+    assert "the run goes on and sends later" in said[0]
+    assert said[1].endswith("answers again")
