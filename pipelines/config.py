@@ -160,6 +160,9 @@ class TrainConfig:
     register: str = "albef-pretrain"
     """Name in the MLflow model registry under which the finished model becomes a version; empty:
     none."""
+    register_checkpoint: bool = True
+    """Store the whole training state with the run of a registered model (some 3 times its size), so
+    that anybody can go on from it."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:

@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 def write_config(config: object, path: Path) -> None:
     """Write a config dataclass as indented JSON, in the order of its fields."""
-    text = json.dumps(_CONVERTER.unstructure(config), indent=2)
+    text = json.dumps(config_values(config), indent=2)
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -43,10 +43,14 @@ def read_config(path: Path, config_class: type[Config]) -> Config:
         raise InputError(f"{path}: {_complaint(error)}") from error
 
 
+def config_values(config: object) -> Any:
+    """Give a config dataclass as plain JSON has it: objects, lists, texts, numbers."""
+    return _CONVERTER.unstructure(config)
+
+
 def config_digest(config: object) -> str:
     """Return the SHA-256, in hex, of the config as canonical JSON: equal configs, equal digests."""
-    values = _CONVERTER.unstructure(config)
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(config_values(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -50,6 +50,7 @@ MAY_CHANGE = frozenset(
         "max_bad_steps",
         "experiment",
         "register",
+        "register_checkpoint",
         "init",
         "image_weights",
         "text_weights",
