@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from albef_core.metrics import COVERAGE
+from albef_core.metrics import COVERAGE, RECALLS_AT, image_to_text_ranks, text_to_image_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +63,20 @@ def paired_bootstrap(
     low, high = np.quantile(resampled, [tail, 1 - tail])
     value = (total.sum(axis=0) / count.sum(axis=0)).mean()
     return Difference(value=float(value), low=float(low), high=float(high))
+
+
+def hit_shares(
+    image_to_text: Float[np.ndarray, "I T"],
+    text_to_image: Float[np.ndarray, "I T"],
+    image_of_text: Int[np.ndarray, " T"],
+) -> tuple[Float[np.ndarray, " I"], Float[np.ndarray, " T"]]:
+    """Score each query of a retrieval: at how many of ranks 1, 5 and 10 it has found its own.
+
+    The matrices are those of `retrieval_metrics`, whose mean recall is the mean of the two means.
+    """
+    ranks = (
+        image_to_text_ranks(image_to_text, image_of_text),
+        text_to_image_ranks(text_to_image, image_of_text),
+    )
+    images, texts = (np.mean([own < k for k in RECALLS_AT], axis=0) for own in ranks)
+    return images, texts

@@ -144,6 +144,15 @@ def run_of_model(
     return open_run(experiment, None, run_name=run_name, params=params, tags=tags), True
 
 
+def fetch_artifact(run: RunHandle, path: str, folder: Path) -> Path | None:
+    """Copy an artifact of a run into `folder`, or name where it lies; None: the run has none."""
+    client = MlflowClient(run.uri)
+    parent = Path(path).parent.as_posix()
+    if path not in [entry.path for entry in client.list_artifacts(run.run_id, parent)]:
+        return None
+    return Path(client.download_artifacts(run.run_id, path, str(folder)))
+
+
 def metric_name(text: str) -> str:
     """Replace what MLflow allows in no metric's name."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from albef_core.metrics import image_to_text_ranks, retrieval_metrics, text_to_image_ranks
-from albef_core.paired import Difference, paired_bootstrap
+from albef_core.metrics import retrieval_metrics
+from albef_core.paired import Difference, hit_shares, paired_bootstrap
 
 RNG = np.random.default_rng(0)
 
@@ -77,11 +77,7 @@ def test_with_parts_the_difference_is_that_of_mean_recall_and_so_is_its_spread()
     hits, recalls = [], []
     for seed in (1, 2):
         scores = np.random.default_rng(seed).random((20, num_texts))
-        ranks = (
-            image_to_text_ranks(scores, image_of_text),
-            text_to_image_ranks(scores, image_of_text),
-        )
-        hits.append(np.mean([np.concatenate(ranks) < k for k in (1, 5, 10)], axis=0))
+        hits.append(np.concatenate(hit_shares(scores, scores, image_of_text)))
         measured = retrieval_metrics(scores, scores, image_of_text, num_resamples=3000, seed=0)
         recalls.append(measured["mean_recall"])
     groups = np.concatenate([np.arange(20), image_of_text])
@@ -90,3 +86,13 @@ def test_with_parts_the_difference_is_that_of_mean_recall_and_so_is_its_spread()
     assert found.value == pytest.approx(recalls[0].value - recalls[1].value)
     alone = compare(hits[0], np.zeros(len(groups)), groups, parts=parts, num_resamples=3000)
     assert (alone.low, alone.high) == pytest.approx((recalls[0].low, recalls[0].high))
+
+
+def test_a_query_scores_one_third_for_each_of_the_ranks_1_5_and_10_that_it_reaches():
+    scores = np.tile(np.arange(12.0), (12, 1))
+    # Texts are ranked 11, 10, ..., so image n has 11 - n foreign texts before its own.
+    images, texts = hit_shares(scores, scores, np.arange(12))
+    by_rank = [1, *[2 / 3] * 4, *[1 / 3] * 5, 0, 0]
+    assert images[::-1].tolist() == pytest.approx(by_rank)
+    # All images score the same for a text: the tie counts against it.
+    assert texts.tolist() == [0] * 12
