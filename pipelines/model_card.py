@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from albef_core.errors import InputError
-from pipelines.checkpoint_files import FileMark, mark_file, running_versions
+from pipelines.checkpoint_files import FileMark, read_mark, running_versions
 from pipelines.config_file import read_config, write_config
 from pipelines.leaks import LeakReport
 from pipelines.manifest import Manifest
@@ -88,7 +88,7 @@ class Card:
     def write(self, path: Path) -> str:
         """Write the card as JSON; return the SHA-256 of the file."""
         write_config(self, path)
-        return mark_file(path).sha256
+        return read_mark(path).sha256
 
 
 def read_card(path: Path, *, sha256: str, whose: str) -> Card:
@@ -97,7 +97,7 @@ def read_card(path: Path, *, sha256: str, whose: str) -> Card:
     Raises:
         InputError: it is missing or has changed.
     """
-    found = mark_file(path).sha256 if path.is_file() else "none"
+    found = read_mark(path).sha256 if path.is_file() else "none"
     if found != sha256:
         raise InputError(f"{whose}: {CARD_FILE} has sha256 {found}, recorded was {sha256}. {HELP}")
     return read_config(path, Card)
@@ -113,7 +113,7 @@ def marks_of(folder: Path) -> dict[str, FileMark]:
     """Mark every file below a folder, by its path there; bytecode is nobody's."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): mark_file(path)
+        path.relative_to(folder).as_posix(): read_mark(path)
         for path in files
         if "__pycache__" not in path.parts
     }
@@ -134,7 +134,7 @@ def check_marks(folder: Path, marks: Mapping[str, FileMark], *, whose: str) -> N
             what = "is missing" if found is None else f"has {found} bytes"
             raise InputError(f"{whose}: {name} {what}, recorded were {mark.bytes} bytes. {HELP}")
     for name, mark in marks.items():
-        if (sha256 := mark_file(folder / name).sha256) != mark.sha256:
+        if (sha256 := read_mark(folder / name).sha256) != mark.sha256:
             raise InputError(
                 f"{whose}: {name} has sha256 {sha256}, recorded was {mark.sha256}. {HELP}"
             )

@@ -3,10 +3,13 @@
 import base64
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from albef_core.errors import InputError
+from albef_core.weights import task_of_model
 from pipelines.served_model import ServedModel
 
 TOLERANCE = 1e-3
@@ -36,10 +40,27 @@ def example(*, has_left: bool) -> pd.DataFrame:
 
 def serve(model_folder: Path, rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Let a model folder answer as `ServedModel` does, with the code of this process."""
+    return _records(_loaded(model_folder)(rows))
+
+
+def latency_ms(model_folder: Path, *, num_rows: int = 16, num_times: int = 5) -> float:
+    """Measure how long a model folder takes for one row of a batch; the median of some batches."""
+    has_left = task_of_model(model_folder) in ("nlvr2", "text-assignment")
+    rows = pd.concat([example(has_left=has_left)] * (num_rows // 2), ignore_index=True)
+    predict, seconds = _loaded(model_folder), []
+    predict(rows)  # the first time pays for what later ones reuse
+    for _ in range(num_times):
+        started = time.perf_counter()
+        predict(rows)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds) / len(rows)
+
+
+def _loaded(model_folder: Path) -> Callable[[pd.DataFrame], pd.DataFrame]:
     served = ServedModel()
     context: Any = SimpleNamespace(artifacts={"model": str(model_folder)})
     served.load_context(context)
-    return _records(served.predict(context, rows))
+    return partial(served.predict, context)
 
 
 def serve_afresh(mlflow_model: Path, rows: list[dict[str, str]]) -> list[dict[str, Any]]:

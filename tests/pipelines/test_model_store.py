@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from albef_core.errors import InputError
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model
-from pipelines.checkpoint_files import mark_file
+from pipelines.checkpoint_files import read_mark
 from pipelines.model_store import (
     download_model,
     find_model,
@@ -154,7 +154,7 @@ def test_the_card_tells_what_every_file_must_be_and_what_the_model_said(stored, 
     assert card.provenance == made_by_hand(checkpoint=card.provenance.checkpoint)
     inside = {p.relative_to(fetched.mlflow_model).as_posix() for p in whole_files(fetched)}
     assert inside - set(card.files) == {"card.json"}
-    assert card.files["artifacts/model/model.safetensors"] == mark_file(
+    assert card.files["artifacts/model/model.safetensors"] == read_mark(
         model_folder / "model.safetensors"
     )
     assert len(card.recorded.outputs) == 2
