@@ -104,6 +104,17 @@ def rollback(config: RollbackConfig) -> Act:
     return _carry_out(client, config.model, intent, prove)
 
 
+def read_history(model: str) -> list[Act]:
+    """Read all acts on a registered model, the first one first.
+
+    Raises:
+        InputError: the store has no such model.
+    """
+    client = _client()
+    find_version(client, model, "")
+    return History(client, model).acts()
+
+
 def find_version(client: MlflowClient, model: str, which: str) -> ModelVersion:
     """Find a version of a registered model by number or alias; empty: the newest.
 

@@ -309,7 +309,7 @@ class Tracker:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """Name every field of nested dataclasses by its dotted path; the values become text."""
+    """Name every field of nested dataclasses or dictionaries by its dotted path, as text."""
     named: dict[str, str] = {}
     items = (
         ((field.name, getattr(config, field.name)) for field in fields(config))
@@ -317,7 +317,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
         else config.items()
     )
     for name, value in items:
-        if is_dataclass(value):
+        if is_dataclass(value) or isinstance(value, Mapping):
             named |= flatten(value, f"{prefix}{name}.")
         else:
             named[prefix + name] = str(value)

@@ -1,38 +1,43 @@
 """Champions in the real registry: proven, refused, moved, taken back, and after every crash."""
 
-import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from rich.console import Console
 
-from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
-from albef_core.tasks.entailment import EntailmentModel
-from albef_core.tasks.folder import save_task
-from albef_core.tasks.labels import ENTAILMENT_LABELS
-from albef_core.weights import read_folder_config
 from pipelines import promote as module
 from pipelines import weighing
+from pipelines.acts import Config, carry_out
 from pipelines.config import EvaluateConfig
 from pipelines.config_file import write_config
 from pipelines.history import Act, History
 from pipelines.manifest import Manifest
 from pipelines.model_store import log_model, verify
 from pipelines.promote import check, promote, rollback
-from pipelines.registry_config import Check, CheckConfig, Gate, PromoteConfig, RollbackConfig
+from pipelines.registry_config import (
+    Check,
+    CheckConfig,
+    DiffConfig,
+    Gate,
+    HistoryConfig,
+    PromoteConfig,
+    RollbackConfig,
+)
 from pipelines.row_scores import example_rows, log_rows, subject_of
 from pipelines.tracking import Tracker, open_run, tracking_uri
 from tests.conftest import picture_row, write_corpus
 from tests.pipelines.small_model import made_by_hand, save_small_model, words_of
 
+ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 60
 SHARES = {"1": 0.3, "2": 0.8, "3": 0.3, "4": 0.1}
 """Mean recall of each version: the second is better than the first, the third equal, the fourth
@@ -54,9 +59,7 @@ def client(store):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Manifest:
-    """Pictures that are both captioned and follow from every sentence said of them."""
-    said = json.dumps({"entailment": [{"sentence": "it is so", "label": "entailment"}]})
-    rows = [picture_row(number) | {"annotations": said} for number in range(NUM_IMAGES)]
+    rows = [picture_row(number) for number in range(NUM_IMAGES)]
     folder = tmp_path_factory.mktemp("data") / "held-out"
     return write_corpus(folder, rows, rows_per_shard=60, rows_per_group=16)
 
@@ -319,40 +322,80 @@ def test_a_champion_that_is_moved_by_hand_meanwhile_is_left_alone(registry, monk
     assert act.outcome.why == "champion was moved to 3 by hand meanwhile"
 
 
-PROMOTER = """
-import sys
-from pathlib import Path
-from pipelines.promote import promote
-from pipelines.registry_config import PromoteConfig
-config = PromoteConfig(gate=Path(sys.argv[1]), candidate=sys.argv[2])
-print("ready", flush=True)
-sys.stdin.readline()
-print(promote(config).outcome.result)
-"""
-
-
 @pytest.mark.slow  # starts two processes that import everything
-def test_of_two_promotions_at_once_exactly_one_wins(registry, models):
+def test_of_two_promotions_at_once_exactly_one_wins_and_exit_codes_tell(registry, models):
     twin = registry.client.create_model_version(registry.name, **models[1])
     registry.promote("1")
-    command = [sys.executable, "-W", "ignore", "-c", PROMOTER, str(registry.gate)]
-    promoters = [
+    command = [sys.executable, "jobs/promote.py", "promote", "--gate", str(registry.gate)]
+    jobs = [
         subprocess.Popen(
-            [*command, number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, "--candidate", str(version), "--why", "at once"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        for number in ("2", str(twin.version))
+        for version in (2, twin.version)
     ]
-    for promoter in promoters:
-        assert promoter.stdout.readline() == "ready\n"
-    for promoter in promoters:
-        promoter.stdin.write("go\n")
-        promoter.stdin.flush()
-    said = [promoter.communicate()[0].strip() for promoter in promoters]
+    said = [job.communicate()[0] for job in jobs]
     # The other one was refused, because this one was under way or because it is not better.
-    assert sorted(said) == ["done", "refused"]
-    won = "2" if said[0] == "done" else str(twin.version)
-    assert registry.aliases == {"champion": won, "previous": "1"}
+    assert sorted(job.returncode for job in jobs) == [0, 1], said
+    winner = [job.returncode for job in jobs].index(0)
+    won = (2, twin.version)[winner]
+    assert f"Version {won} is the champion now, and version 1 is `previous`" in said[winner]
+    assert "is refused: " in said[1 - winner]
+    assert registry.aliases == {"champion": str(won), "previous": "1"}
     assert sorted(registry.results) == ["done", "done", "refused"]
+
+
+def printed(config: Config) -> str:
+    result = carry_out(config, on_progress=lambda *_: None)
+    console = Console(file=StringIO(), width=220)
+    console.print(*result.tables, *result.lines)
+    return console.file.getvalue()
+
+
+def test_a_check_shows_its_reasons_and_the_history_every_act_with_who_and_why(registry):
+    registry.promote("1", why="the first [of all]")
+    shown = printed(CheckConfig(gate=registry.gate, candidate="4"))
+    assert "10.0%, champion 30.0%: -20.00 points" in shown
+    assert "95% interval above +0.00 points" in shown
+    assert "The gate would stay shut." in shown
+    registry.promote("4")
+
+    told = printed(HistoryConfig(model=registry.name))
+
+    first, second = registry.acts
+    for act in (first, second):
+        for word in (act.intent.who, act.intent.host, act.intent.candidate_sha256[:12]):
+            assert word in told
+    assert "why: the first [of all]" in told
+    assert "promote 4 after 1" in told
+    assert "refused: retrieval on held-out, itm" in told
+    assert str(registry.gate) in told
+    with pytest.raises(InputError, match="nothing : not in the MLflow store"):
+        printed(HistoryConfig(model="nothing"))
+
+
+def test_two_versions_are_shown_side_by_side_where_they_differ(registry, corpus, tmp_path):
+    save_small_model(tmp_path / "model", words_of(corpus), seed=9)
+    made = made_by_hand(config={"optim": {"lr": 2e-3}}, metrics={"val/error": 0.25})
+    run = open_run("test", None, run_name="other", params={}, tags={})
+    log_model(run, tmp_path / "model", provenance=made, register=registry.name)
+
+    shown = printed(
+        DiffConfig(one=f"models:/{registry.name}/1", other=f"models:/{registry.name}/5")
+    )
+
+    rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in shown.splitlines()]
+    assert ["optim.lr", "0.0001", "0.002"] in rows
+    assert ["val/error", "0.5", "0.25"] in rows
+    assert ["pictures", str(NUM_IMAGES), "0"] in rows
+    names = [row[0] for row in rows if row]
+    assert "artifacts/model/model.safetensors" in names
+    assert "code/albef_core/model.py" not in names
+    with pytest.raises(InputError, match="models:/nothing/1: not to be had"):
+        printed(DiffConfig(one="models:/nothing/1", other=f"models:/{registry.name}/5"))
 
 
 @pytest.mark.slow  # serves a model in a process of its own
@@ -425,60 +468,3 @@ def test_mistakes_are_one_line_each(registry, client, models):
     other = client.create_model_version(registry.name, models[1]["source"])
     with pytest.raises(InputError, match=r"/5: has no card, so nothing of it can be proven"):
         registry.promote(str(other.version))
-
-
-def save_constant(folder: Path, corpus: Manifest, label: str) -> None:
-    """Write a model of entailment that always says the same."""
-    words = words_of(corpus)
-    sizes = folder.with_name("sizes")
-    save_small_model(sizes, words)
-    config: ModelConfig = read_folder_config(sizes)[0]
-    torch.manual_seed(0)
-    model = EntailmentModel(config)
-    with torch.no_grad():
-        model.classifier[-1].weight.zero_()
-        model.classifier[-1].bias.copy_(
-            torch.tensor([float(one == label) for one in ENTAILMENT_LABELS])
-        )
-    save_task(
-        folder,
-        model,
-        task="entailment",
-        model_config=replace(config),
-        text_config=TextConfig(),
-        recipe=Recipe(),
-        tokenizer=words,
-    )
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-def test_what_was_not_evaluated_yet_is_and_only_once(
-    local_ray: None, store, client, corpus, tmp_path, caplog, monkeypatch
-):
-    for label in ("neutral", "entailment"):
-        save_constant(tmp_path / label / "model", corpus, label)
-        run = open_run("test", None, run_name=label, params={}, tags={})
-        made = made_by_hand(corpus)
-        log_model(run, tmp_path / label / "model", provenance=made, register="albef-entailment")
-    wanted = Check(task="entailment", corpus=corpus.folder)
-    write_config(Gate(model="albef-entailment", checks=(wanted,)), tmp_path / "gate.yaml")
-    registry = Registry(client, "albef-entailment", tmp_path / "gate.yaml")
-    evaluated: list[str] = []
-
-    def count(do: Callable) -> Callable:
-        def counting(task, config, **more):
-            evaluated.append(config.model)
-            return do(task, config, **more)
-
-        return counting
-
-    monkeypatch.setattr(weighing, "evaluate_task", count(weighing.evaluate_task))
-    first, better = registry.promote("1"), registry.promote("2")
-
-    assert evaluated == ["models:/albef-entailment/1", "models:/albef-entailment/2"]
-    assert first.decision.reasons[0].found.startswith("0.0%")
-    assert better.decision.reasons[0].found == (
-        "100.0%, champion 0.0%: +100.00 points (+100.00 to +100.00, 60 pictures)"
-    )
-    assert registry.aliases == {"champion": "2", "previous": "1"}
