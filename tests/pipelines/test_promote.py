@@ -93,6 +93,10 @@ class Registry:
     name: str
     gate: Path
 
+    def start(self, **aliases: str) -> None:
+        for alias, version in aliases.items():
+            self.client.set_registered_model_alias(self.name, alias, version)
+
     def promote(self, candidate: str, **more: str) -> Act:
         return promote(PromoteConfig(gate=self.gate, candidate=candidate, **more))
 
@@ -242,21 +246,20 @@ CRASHES = [
 def test_a_crash_at_any_step_is_settled_by_the_next_act(
     owner, method, call, after, result, champion, registry
 ):
-    registry.promote("4")
-    registry.promote("1")
+    registry.start(champion="1", previous="4")
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, owner, method, call=call, after=after)
         with pytest.raises(MlflowException):
             registry.promote("2")
-    assert registry.results == ["done", "done", "open"]
+    assert registry.results == ["open"]
     assert registry.aliases["champion"] in ("1", "2")
 
     last = registry.promote("3")
 
     assert last.outcome.result == "refused"
-    assert registry.results == ["done", "done", result, "refused"]
-    settled = registry.acts[2].outcome
-    assert (settled.settled_by, settled.why[:17]) == (4, "its process ended")
+    assert registry.results == [result, "refused"]
+    settled = registry.acts[0].outcome
+    assert (settled.settled_by, settled.why[:17]) == (2, "its process ended")
     assert last.decision.champion == champion
     previous = "1" if champion == "2" else "4"
     assert registry.aliases == {"champion": champion, "previous": previous}
@@ -278,8 +281,7 @@ def test_a_crash_while_it_weighs_is_closed_at_once_or_by_the_next_act(registry, 
 
 
 def crash_after_previous_moved(registry: Registry) -> None:
-    registry.promote("4")
-    registry.promote("1")
+    registry.start(champion="1", previous="4")
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, MlflowClient, ALIAS, call=2, after=False)
         with pytest.raises(MlflowException):
@@ -293,8 +295,8 @@ def test_what_was_moved_by_hand_after_a_crash_is_left_alone(registry):
 
     registry.promote("4")
 
-    assert registry.results == ["done", "done", "undone", "refused"]
-    assert registry.acts[2].outcome.why == "champion is 3 now"
+    assert registry.results == ["undone", "refused"]
+    assert registry.acts[0].outcome.why == "champion is 3 now"
     assert registry.aliases == {"champion": "3", "previous": "4"}
 
 
@@ -304,13 +306,13 @@ def test_a_candidate_that_was_deleted_after_a_crash_is_not_completed(registry):
 
     registry.promote("3")
 
-    assert registry.results == ["done", "done", "undone", "refused"]
-    assert registry.acts[2].outcome.why == "version 2 is gone"
+    assert registry.results == ["undone", "refused"]
+    assert registry.acts[0].outcome.why == "version 2 is gone"
     assert registry.aliases == {"champion": "1", "previous": "4"}
 
 
 def test_a_champion_that_is_moved_by_hand_meanwhile_is_left_alone(registry, monkeypatch):
-    registry.promote("1")
+    registry.start(champion="1")
 
     def weigh(*args, **more):
         registry.client.set_registered_model_alias(registry.name, "champion", "3")
@@ -418,16 +420,15 @@ def test_a_rollback_proves_the_old_version_in_both_ways_and_exchanges_the_aliase
     ]
 
 
-def as_recorded(_model: Path, rows: list[dict[str, str]]) -> list[dict]:
+def otherwise(_model: Path, rows: list[dict[str, str]]) -> list[dict]:
     return [{"similarity": 9.0, "match": 9.0} for _ in rows]
 
 
 def test_a_rollback_to_what_answers_otherwise_or_was_changed_is_refused(registry, monkeypatch):
     with pytest.raises(InputError, match=r"has no version previous\. Aliases: none"):
         registry.rollback()
-    registry.promote("1")
-    registry.promote("2")
-    monkeypatch.setattr(weighing, "serve_afresh", as_recorded)
+    registry.start(champion="2", previous="1")
+    monkeypatch.setattr(weighing, "serve_afresh", otherwise)
     act = registry.rollback()
     assert act.outcome.result == "refused"
     assert "similarity of row 0 is 9.0, recorded was" in act.decision.reasons[1].found
@@ -440,20 +441,19 @@ def test_a_rollback_to_what_answers_otherwise_or_was_changed_is_refused(registry
     finally:
         code.write_text(whole)
     assert registry.aliases == {"champion": "2", "previous": "1"}
-    assert registry.results == ["done", "done", "refused", "refused"]
+    assert registry.results == ["refused", "refused"]
 
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_crash_of_a_rollback_is_completed(call, registry, monkeypatch):
-    registry.promote("1")
-    registry.promote("2")
+    registry.start(champion="2", previous="1")
     monkeypatch.setattr(module, "prove_answers", lambda _uri: [])
     with monkeypatch.context() as patch:
         fail(patch, MlflowClient, ALIAS, call=call, after=False)
         with pytest.raises(MlflowException):
             registry.rollback()
     registry.promote("4")
-    assert registry.results == ["done", "done", "done", "refused"]
+    assert registry.results == ["done", "refused"]
     assert registry.aliases == {"champion": "1", "previous": "2"}
 
 
