@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from pipelines.tracking import RunHandle, check_server, tracking_uri
+from pipelines.tracking import RunHandle, check_server, fetch_artifact, tracking_uri
 
 # isort: split
 # After tracking.py, which says how MLflow is to start.
@@ -224,11 +224,11 @@ def verify(uri: str, *, with_checkpoint: bool = False) -> FetchedModel:
         check_marks(folder, card.files, whose=uri)
     description = Model.load(folder)
     if with_checkpoint and card and card.provenance.checkpoint:
-        state = download_artifacts(
-            run_id=description.run_id, artifact_path=CHECKPOINT, tracking_uri=store
-        )
-        whose = f"{uri}: {CHECKPOINT}"
-        check_marks(Path(state), card.provenance.checkpoint, whose=whose)
+        run = RunHandle(store, description.run_id or "")
+        with tempfile.TemporaryDirectory(prefix="albef-checkpoint-") as scratch:
+            state = fetch_artifact(run, CHECKPOINT, Path(scratch)) or Path(scratch)
+            whose = f"{uri}: {CHECKPOINT}"
+            check_marks(state, card.provenance.checkpoint, whose=whose)
     artifact = description.flavors.get("python_function", {}).get("artifacts", {}).get("model")
     if artifact is None:
         raise InputError(

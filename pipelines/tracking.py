@@ -19,6 +19,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 # Read by MLflow when it is imported: nothing is ever unpickled; no bars between ours, and no notes
 # on database migrations or a missing pip.
@@ -145,11 +147,18 @@ def run_of_model(
 
 
 def fetch_artifact(run: RunHandle, path: str, folder: Path) -> Path | None:
-    """Copy an artifact of a run into `folder`, or name where it lies; None: the run has none."""
+    """Copy an artifact, a file or a folder, of a run into `folder`; None: the run has none.
+
+    What lies on this machine is not copied: where it lies is told.
+    """
     client = MlflowClient(run.uri)
     parent = Path(path).parent.as_posix()
-    if path not in [entry.path for entry in client.list_artifacts(run.run_id, parent)]:
+    listed = client.list_artifacts(run.run_id, None if parent == "." else parent)
+    if path not in [entry.path for entry in listed]:
         return None
+    root = urlparse(client.get_run(run.run_id).info.artifact_uri)
+    if root.scheme in ("", "file"):
+        return Path(url2pathname(str(root.path))) / path
     return Path(client.download_artifacts(run.run_id, path, str(folder)))
 
 
