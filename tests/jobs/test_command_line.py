@@ -165,7 +165,7 @@ def test_two_versions_are_words_and_no_flags() -> None:
     _act, config = parse_task(acts, kind="act", args=["diff", "models:/a/1", "models:/a/2"])
 
     assert config == DiffConfig(one="models:/a/1", other="models:/a/2")
-    with pytest.raises(InputError, match="Missing from .*: OTHER"):
+    with pytest.raises(InputError, match=r"Missing from .*: OTHER"):
         parse_task(acts, kind="act", args=["diff", "models:/a/1"])
     with pytest.raises(InputError, match=r"'dif' is no act\. Did you mean diff\?"):
         parse_task(acts, kind="act", args=["dif"])
