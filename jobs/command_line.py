@@ -35,10 +35,10 @@ from pipelines.config import (
     FinetuneConfig,
     IngestConfig,
     PretrainConfig,
-    QuickstartConfig,
     TrainConfig,
 )
 from pipelines.presets import UNSET, PlanConfig
+from pipelines.quickstart_config import QuickstartConfig
 from pipelines.sweep_config import SweepConfig
 
 Config = TypeVar("Config")
@@ -48,6 +48,8 @@ HELP = ("-h", "--help")
 ALIASES = {"lr": "--learning-rate"}
 # Two lengths of one run: naming one takes away what the preset says of the other.
 RIVALS = {"steps": "epochs", "epochs": "steps"}
+# Fields that are words of the command and no flags.
+WORDS = ("one", "other")
 # Flags that may stand alone, and what they mean then.
 ALONE = {"resume": "newest"}
 SAVED_AS = {
@@ -81,15 +83,20 @@ def parse(config_class: type[Config], *, args: Sequence[str] | None = None) -> C
 
 
 def parse_task(
-    tasks: Mapping[str, tuple[str, type[Config]]], *, args: Sequence[str] | None = None
+    tasks: Mapping[str, tuple[str, type[Config]]],
+    *,
+    kind: str = "task",
+    args: Sequence[str] | None = None,
 ) -> tuple[str, Config]:
     """Read `TASK [--config FILE] [flags]`; `tasks` holds a sentence and a config class by name.
+
+    `kind` is what the first word is called.
 
     Raises:
         InputError: the task is none of `tasks`, or a flag is unknown, missing or impossible.
     """
     words = _command(args)
-    name = _first_word(words, {name: doc for name, (doc, _class) in tasks.items()}, "task")
+    name = _first_word(words, {name: doc for name, (doc, _class) in tasks.items()}, kind)
     doc, config_class = tasks[name]
     start = _saved(config_class, words)
     prog = f"{_program()} {name}"
@@ -134,8 +141,9 @@ def parse_preset(
 def run_job(main: Callable[[], object]) -> None:
     """Run a job to its exit code.
 
-    0: done; 1: failed (traceback); 2: refused input (one line); 75: stopped with a good checkpoint
-    (one line), so that a scheduler may start the same command again.
+    0: done; 1: failed (traceback), or what was to be examined did not pass (a table of reasons); 2:
+    refused input (one line); 75: stopped with a good checkpoint (one line), so that a scheduler may
+    start the same command again.
     """
     _set_up_logging()
     try:
@@ -293,7 +301,8 @@ def _check_names(config_class: type, given: set[str], start: object | None) -> N
             known.add(f"--no-{_flag(field.name)[2:]}")
     for flag in sorted(given - known):
         raise InputError(f"{flag} is not a flag of this job.{nearest(flag, sorted(known))}")
-    for field in _leaves(config_class):
+    flags = (field for field in _leaves(config_class) if field.name not in WORDS)
+    for field in flags:
         no_default = dataclasses.MISSING is field.default is field.default_factory
         filled = start is not None and getattr(start, field.name, UNSET) != UNSET
         if no_default and not filled and _flag(field.name) not in given:
@@ -351,6 +360,9 @@ def _described(field: StructFieldSpec) -> StructFieldSpec:
         return dataclasses.replace(field, helptext=recipe_help())
     if field.name in ALONE:
         return dataclasses.replace(field, type=Annotated[field.type, _may_stand_alone(field.name)])
+    if field.name in WORDS:
+        word = tyro.conf.arg(metavar=field.name.upper())
+        return dataclasses.replace(field, type=Annotated[tyro.conf.Positional[field.type], word])
     if field.name in ALIASES:
         alias = tyro.conf.arg(aliases=[ALIASES[field.name]])
         return dataclasses.replace(field, type=Annotated[field.type, alias])

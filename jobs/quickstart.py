@@ -2,7 +2,7 @@
 
 from command_line import parse, run_job
 
-from pipelines.config import QuickstartConfig
+from pipelines.quickstart_config import QuickstartConfig
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
     for stage, seconds in summary.seconds.items():
         table.add_row(stage, f"{seconds:.0f} s")
     table.add_row("model", summary.model_uri)
+    table.add_row("champion", f"{summary.champion_uri} ({summary.promotion})")
     table.add_row("MLflow run", summary.run_id)
     table.add_row("summary", str(config.out / "summary.json"))
     table.add_row("look at it", f"mlflow ui --backend-store-uri {summary.tracking_uri}")

@@ -70,6 +70,12 @@ def running_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "ray", "mlflow", "timm")}
 
 
+def read_mark(path: Path) -> FileMark:
+    """Read a file once for its mark."""
+    with path.open("rb", buffering=0) as file:
+        return _mark(file)
+
+
 def mark_file(path: Path) -> FileMark:
     """Read a file once for its mark, then wait until the disk has it."""
     with path.open("rb", buffering=0) as file:

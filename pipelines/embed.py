@@ -18,6 +18,7 @@ from pipelines.config import EmbedConfig
 from pipelines.config_file import write_config
 from pipelines.embedder import Embedding, embedded_tables, is_null
 from pipelines.manifest import SHARD_FOLDER, Manifest, Shard, read_manifest
+from pipelines.model_card import model_digest
 from pipelines.model_store import find_model
 
 OnProgress = Callable[[str, int, int], None]
@@ -30,8 +31,6 @@ LIST_NAME = "embeddings.json"
 FILE_FOLDER = "embeddings"
 UNDECODABLE, EMPTY = b"num_undecodable", b"num_empty_captions"
 """Counts in the metadata of each file."""
-MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt")
-"""What a model folder's answers depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def embed(
     origin = Origin(
         version=VERSION,
         corpus_id=manifest.content_id,
-        model_sha256=_digest(folder),
+        model_sha256=model_digest(folder),
         feature_size=model_config.feature_size,
     )
     _begin(config, origin)
@@ -116,18 +115,6 @@ def embed(
     _write_json(config.out / LIST_NAME, asdict(listed))
     seconds = round(time.monotonic() - started, 1)
     return EmbedResult(embeddings=listed, num_written=len(missing), seconds=seconds)
-
-
-def _digest(model: Path) -> str:
-    files = [model, model.with_name("vocab.txt")]
-    if model.is_dir():
-        files = [model / name for name in MODEL_FILES]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _begin(config: EmbedConfig, origin: Origin) -> None:

@@ -39,6 +39,7 @@ from pipelines.retrieval_findings import (
     sweep,
 )
 from pipelines.retrieval_report import recall_against_k_figure, retrieval_cases_figure
+from pipelines.row_scores import log_rows, retrieval_rows, subject_of
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all (0: not known)."""
@@ -143,6 +144,9 @@ def evaluate_retrieval(
     points = sweep(judged, top_k=config.top_k, **random) if config.sweep_k else []
     clock.stop("metrics")
     run, is_new = _open_run(config, folder, manifest)
+    stages = {"itc": (judged.similarity, judged.similarity), "itm": scores}
+    rows = retrieval_rows(stages, [row.image_id for row in seen.shown], owner)
+    subject = subject_of("retrieval", config, model=folder, corpus_id=manifest.content_id)
     result = RetrievalResult(
         model=config.model,
         corpus=str(config.corpus),
@@ -169,7 +173,13 @@ def evaluate_retrieval(
         tracking_uri=run.uri,
         run_id=run.run_id,
     )
-    _log(result, config, run, is_new=is_new, row_of={r.image_id: r.number for r in seen.shown})
+    tracker = tracking.Tracker(run, skip_logged=False)
+    log_rows(tracker, rows, subject)
+    _log(result, config, tracker, row_of={r.image_id: r.number for r in seen.shown})
+    if is_new:
+        tracker.finish()
+    else:
+        tracker.close()
     if config.json is not None:
         result.write(config.json)
     return result
@@ -377,9 +387,8 @@ def _with_absolute_names(config: EvaluateConfig) -> EvaluateConfig:
 def _log(
     result: RetrievalResult,
     config: EvaluateConfig,
-    run: tracking.RunHandle,
+    tracker: tracking.Tracker,
     *,
-    is_new: bool,
     row_of: Mapping[str, int],
 ) -> None:
     """Log the re-ranked metrics as `eval/<corpus>/...`, those by ITC as `eval/<corpus>/itc/...`.
@@ -395,7 +404,6 @@ def _log(
             points[f"{prefix}/{name}_high"] = estimate.high
     for name, estimate in result.metrics["itm"].items():
         points[f"{folder}/{name}_chance"] = estimate.chance
-    tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
     tracker.tag(f"eval.{result.corpus_name}.protocol", result.protocol)
     tracker.log_dict(asdict(result), f"{folder}/retrieval.json")
@@ -417,7 +425,3 @@ def _log(
             for case in cases
         ]
         tracker.log_figure(retrieval_cases_figure(name, cases, pictures), f"{folder}/{name}.png")
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()

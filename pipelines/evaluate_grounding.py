@@ -34,6 +34,7 @@ from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model, is_model_uri
 from pipelines.pairs import open_corpus
 from pipelines.pictures import DECODE_CPUS
+from pipelines.row_scores import example_rows, log_rows, subject_of
 
 OnProgress = Callable[[str, int, int], None]
 """Hears the stage, how much of it is done, and how much it is in all."""
@@ -183,7 +184,24 @@ def evaluate_grounding(
         ),
     )
     shown = [expressions[n] for n in np.flatnonzero(is_shown)]
-    _log(result, config, run, is_new=is_new, cases=_cases(result, config, loaded, shown))
+    tracker = tracking.Tracker(run, skip_logged=False)
+    log_rows(
+        tracker,
+        example_rows(
+            {
+                name: np.where(one.is_counted, one.values[:, best], np.nan)[is_shown]
+                for name, one in scored.items()
+            },
+            [expression.image_id for expression in shown],
+            np.flatnonzero(is_shown),
+        ),
+        subject_of("grounding", config, model=folder, corpus_id=manifest.content_id),
+    )
+    _log(result, config, tracker, cases=_cases(result, config, loaded, shown))
+    if is_new:
+        tracker.finish()
+    else:
+        tracker.close()
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
@@ -330,9 +348,8 @@ def _cases(
 def _log(
     result: GroundingResult,
     config: EvaluateGroundingConfig,
-    run: tracking.RunHandle,
+    tracker: tracking.Tracker,
     *,
-    is_new: bool,
     cases: Mapping[str, Sequence[Found]],
 ) -> None:
     folder = f"eval/{tracking.metric_name(config.corpus.resolve().name)}"
@@ -342,7 +359,6 @@ def _log(
         points[f"{folder}/{name}_low"] = estimate.low
         points[f"{folder}/{name}_high"] = estimate.high
         points[f"{folder}/{name}_chance"] = estimate.chance
-    tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
     tracker.log_dict(asdict(result), f"{folder}/grounding.json")
     model = config.model if is_model_uri(config.model) else str(Path(config.model).absolute())
@@ -356,7 +372,3 @@ def _log(
     for name, found in cases.items():
         if found:
             tracker.log_figure(found_figure(name, found), f"{folder}/{name}.png")
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()

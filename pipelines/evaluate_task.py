@@ -30,6 +30,7 @@ from pipelines.model_store import find_model
 from pipelines.pairs import open_corpus
 from pipelines.pictures import DECODE_CPUS
 from pipelines.predictor import predicted_blocks
+from pipelines.row_scores import example_rows, log_rows, subject_of
 from pipelines.scoring import score_answers, truths_of
 from pipelines.task_report import Case, cases_figure, slices_figure
 
@@ -155,7 +156,21 @@ def evaluate_task(
             for n in np.flatnonzero(is_shown)
         ),
     )
-    _log(result, config, run, is_new=is_new, examples=table.filter(pa.array(is_shown)))
+    tracker = tracking.Tracker(run, skip_logged=False)
+    log_rows(
+        tracker,
+        example_rows(
+            {"accuracy": scores[is_shown]},
+            [prediction.image_id for prediction in result.predictions],
+            np.flatnonzero(is_shown),
+        ),
+        subject_of(task, config, model=folder, corpus_id=manifest.content_id),
+    )
+    _log(result, config, tracker, examples=table.filter(pa.array(is_shown)))
+    if is_new:
+        tracker.finish()
+    else:
+        tracker.close()
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
@@ -258,9 +273,8 @@ def _slices_of(kind: str, text: str) -> tuple[str, ...]:
 def _log(
     result: TaskResult,
     config: EvaluateTaskConfig,
-    run: tracking.RunHandle,
+    tracker: tracking.Tracker,
     *,
-    is_new: bool,
     examples: pa.Table,
 ) -> None:
     folder = f"eval/{tracking.metric_name(config.corpus.resolve().name)}"
@@ -271,7 +285,6 @@ def _log(
         f"{folder}/accuracy_high": found.high,
         f"{folder}/accuracy_majority": found.chance,
     }
-    tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
     tracker.log_dict(asdict(result), f"{folder}/{result.task}.json")
     with tempfile.TemporaryDirectory(prefix="albef-evaluate-") as scratch:
@@ -295,10 +308,6 @@ def _log(
         ]
         if shown:
             tracker.log_figure(cases_figure(name, shown), f"{folder}/{name}.png")
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()
 
 
 def _shown(corpus: Any, row: int) -> NDArray[np.uint8]:

@@ -5,26 +5,36 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 
-from pipelines.tracking import RunHandle, check_server, tracking_uri
+from pipelines.tracking import RunHandle, check_server, fetch_artifact, tracking_uri
 
 # isort: split
 # After tracking.py, which says how MLflow is to start.
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model as save_pyfunc
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-from PIL import Image
 
 import albef_core
 from albef_core.errors import InputError
 from albef_core.weights import task_of_model
+from pipelines.checkpoint_files import FileMark
+from pipelines.model_card import (
+    CARD_FILE,
+    CARD_TAG,
+    Card,
+    Provenance,
+    Recorded,
+    check_marks,
+    marks_of,
+    read_card,
+)
+from pipelines.served_outputs import as_text, example, serve
 
 PAIR: list[ColSpec | TensorSpec] = [
     ColSpec(DataType.binary, "image"),
@@ -58,6 +68,10 @@ REQUIREMENTS = (
 )
 
 
+CHECKPOINT = "checkpoint"
+"""Artifact of a run: the whole training state that its model was taken from."""
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """A model as MLflow knows it."""
@@ -68,10 +82,29 @@ class StoredModel:
     """Version in the registry; empty when it was not registered."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FetchedModel:
+    """A model out of MLflow, whose every byte has been compared with its card."""
+
+    folder: Path
+    """Model folder."""
+    mlflow_model: Path
+    """What MLflow keeps: the model folder, the code that serves it, the card."""
+    card: Card | None
+    """None: it was logged before there were cards, and nothing could be compared."""
+
+
+def log_checkpoint(handle: RunHandle, folder: Path) -> dict[str, FileMark]:
+    """Store the whole state of a training as the run's artifact `checkpoint/`; mark its files."""
+    MlflowClient(handle.uri).log_artifacts(handle.run_id, str(folder), CHECKPOINT)
+    return marks_of(folder)
+
+
 def log_model(
     handle: RunHandle,
     model_folder: Path,
     *,
+    provenance: Provenance,
     name: str = "model",
     register: str = "",
     tags: Mapping[str, str] | None = None,
@@ -80,11 +113,13 @@ def log_model(
 
     With `register` it becomes the next version under that name in the model registry. The code that
     answers queries travels as source (models from code), the weights as safetensors: nothing is
-    pickled.
+    pickled. Its card (`model_card.Card`) travels with it, and the card's hash is a tag of both.
     """
     tags = {key: str(value) for key, value in (tags or {}).items()}
     task = task_of_model(model_folder)
     signature = TASK_SIGNATURES.get(task, SIGNATURE)
+    rows = example(has_left=signature is TWO_PICTURES)
+    recorded = Recorded(inputs=as_text(rows), outputs=serve(model_folder, rows))
     handle.save(model_folder)
     client = MlflowClient(handle.uri, registry_uri=handle.uri)
     run = client.get_run(handle.run_id)
@@ -111,10 +146,13 @@ def log_model(
             artifacts={"model": str(model_folder.absolute())},
             code_paths=[str(Path(albef_core.__file__).parent)],
             signature=signature,
-            input_example=_input_example(has_left=signature is TWO_PICTURES),
+            input_example=rows,
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
         )
+        card = Card(provenance=provenance, recorded=recorded, files=marks_of(folder))
+        tags[CARD_TAG] = card.write(folder / CARD_FILE)
         client.log_model_artifacts(entry.model_id, str(folder))
+    client.set_logged_model_tags(entry.model_id, {CARD_TAG: tags[CARD_TAG]})
     client.finalize_logged_model(entry.model_id, "READY")
     if not register:
         return StoredModel(f"models:/{entry.model_id}", "")
@@ -127,13 +165,6 @@ def log_model(
         register, f"models:/{entry.model_id}", handle.run_id, tags=tags, model_id=entry.model_id
     )
     return StoredModel(f"models:/{register}/{made.version}", str(made.version))
-
-
-def _input_example(*, has_left: bool) -> pd.DataFrame:
-    picture = BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
-    pair = {"image": [picture.getvalue()], "text": ["a red square"]}
-    return pd.DataFrame({"left": pair["image"], **pair} if has_left else pair)
 
 
 def is_model_uri(source: str) -> bool:
@@ -162,22 +193,67 @@ def download_model(uri: str) -> Path:
     """Fetch a model that `log_model` stored; return its model folder.
 
     Raises:
-        InputError: the store has no such model, or another program logged it.
+        InputError: the store has no such model, another program logged it, or a file of it is not
+            what was logged.
+    """
+    return verify(uri).folder
+
+
+def verify(uri: str, *, with_checkpoint: bool = False) -> FetchedModel:
+    """Fetch a model and compare each of its files, by size and SHA-256, with its card.
+
+    `with_checkpoint` also compares the stored training state, which may be large.
+
+    Raises:
+        InputError: a file is missing or differs, or there is no such model.
     """
     store = tracking_uri()
     check_server(store)
+    client = MlflowClient(store, registry_uri=store)
     try:
         folder = Path(download_artifacts(uri, tracking_uri=store, registry_uri=store))
-        flavor = Model.load(folder).flavors.get("python_function", {})
+        tags = _tags_of(client, uri, folder)
     except MlflowException as error:
         raise InputError(
             f"{uri}: not to be had from the MLflow store {store} ({error.message})."
             " Check name and version, or set MLFLOW_TRACKING_URI to the store that has it."
         ) from None
-    artifact = flavor.get("artifacts", {}).get("model")
+    card = None
+    if CARD_TAG in tags:
+        card = read_card(folder / CARD_FILE, sha256=tags[CARD_TAG], whose=uri)
+        check_marks(folder, card.files, whose=uri)
+    description = Model.load(folder)
+    if with_checkpoint and card and card.provenance.checkpoint:
+        run = RunHandle(store, description.run_id or "")
+        with tempfile.TemporaryDirectory(prefix="albef-checkpoint-") as scratch:
+            state = fetch_artifact(run, CHECKPOINT, Path(scratch)) or Path(scratch)
+            whose = f"{uri}: {CHECKPOINT}"
+            check_marks(state, card.provenance.checkpoint, whose=whose)
+    artifact = description.flavors.get("python_function", {}).get("artifacts", {}).get("model")
     if artifact is None:
         raise InputError(
             f"{uri}: not a model of this project (it has no artifact `model`)."
             " Pass one that jobs/pretrain.py registered."
         )
-    return folder / artifact["path"]
+    return FetchedModel(folder=folder / artifact["path"], mlflow_model=folder, card=card)
+
+
+def _tags_of(client: MlflowClient, uri: str, folder: Path) -> dict[str, str]:
+    """Read the tags of a version, or of the model behind any other URI."""
+    if version := version_of(client, uri):
+        return version.tags
+    model_id = uri.removeprefix("models:/")
+    if model_id == uri and (folder / "MLmodel").is_file():
+        model_id = Model.load(folder).model_id or ""
+    return client.get_logged_model(model_id).tags
+
+
+def version_of(client: MlflowClient, uri: str) -> ModelVersion | None:
+    """Find the version that `models:/name/3` or `models:/name@alias` means; None for other URIs."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@(.+))", uri)
+    if match is None:
+        return None
+    name, number, alias = match.groups()
+    if number:
+        return client.get_model_version(name, number)
+    return client.get_model_version_by_alias(name, alias)

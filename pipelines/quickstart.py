@@ -1,4 +1,4 @@
-"""The whole pipeline once, small: generate, ingest, pre-train, evaluate, register."""
+"""The whole pipeline once, small: generate, ingest, pre-train, evaluate, register, promote."""
 
 import json
 import logging
@@ -13,12 +13,16 @@ from pathlib import Path
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate
 from pipelines.cluster import connect
-from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig, QuickstartConfig
+from pipelines.config import EvaluateConfig, IngestConfig, PretrainConfig
 from pipelines.config_file import write_config
 from pipelines.evaluate import OnProgress, RetrievalResult, evaluate_retrieval
 from pipelines.ingest import ingest
+from pipelines.model_store import StoredModel
 from pipelines.order import steps_per_epoch
 from pipelines.presets import tiny
+from pipelines.promote import promote
+from pipelines.quickstart_config import QuickstartConfig
+from pipelines.registry_config import Check, Gate, PromoteConfig
 from pipelines.train import TrainResult, pretrain
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,9 @@ HELD_OUT_SEED = 1_000_003
 HEADLINE = "itm"
 """The stage whose mean recall is the result, named before anything is measured: ITM re-ranking of
 the top k, as in the paper. The better of both on the test pictures would be picked by them."""
+TOP_K = 16
+MODEL = "albef-quickstart"
+"""Name in the registry: a quickstart is never weighed against somebody's real champion."""
 
 
 @contextmanager
@@ -60,6 +67,10 @@ class QuickstartSummary:
     tracking_uri: str
     model_uri: str
     """The registered model."""
+    champion_uri: str
+    """The champion now: this model, or an earlier one that it is not proven to be better than."""
+    promotion: str
+    """What became of this model, and why."""
     folders: dict[str, str]
 
 
@@ -103,10 +114,15 @@ def quickstart(
     with stage("evaluate"), bars() as show:
         found = evaluate_retrieval(
             EvaluateConfig(
-                model=str(run.model), corpus=held_out.folder, json=out / "retrieval.json", top_k=16
+                model=str(run.model),
+                corpus=held_out.folder,
+                json=out / "retrieval.json",
+                top_k=TOP_K,
             ),
             on_progress=show,
         )
+    with stage("promote"):
+        promoted = promote_quickstart(run.stored, held_out.folder, out / "gate.yaml")
     seconds["total"] = round(sum(seconds.values()), 1)
     folders = {
         "corpus": str(train.folder),
@@ -114,8 +130,9 @@ def quickstart(
         "run": str(run.run_dir),
         "model": str(run.model),
         "retrieval": str(out / "retrieval.json"),
+        "gate": str(out / "gate.yaml"),
     }
-    summary = _summary(run, found, seconds=seconds, folders=folders)
+    summary = _summary(run, found, promoted, seconds=seconds, folders=folders)
     (out / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
@@ -123,6 +140,7 @@ def quickstart(
 def _summary(
     run: TrainResult,
     found: RetrievalResult,
+    promoted: tuple[str, str],
     *,
     seconds: dict[str, float],
     folders: dict[str, str],
@@ -141,8 +159,28 @@ def _summary(
         run_id=run.handle.run_id,
         tracking_uri=run.handle.uri,
         model_uri=run.stored.uri,
+        champion_uri=promoted[0],
+        promotion=promoted[1],
         folders=folders,
     )
+
+
+def promote_quickstart(stored: StoredModel, held_out: Path, gate: Path) -> tuple[str, str]:
+    """Weigh the model by the evaluation just made, as jobs/promote.py does with the same gate.
+
+    Returns:
+        URI of the champion now, and what became of this model and why.
+    """
+    check = Check(task="retrieval", corpus=held_out, metric=HEADLINE, top_k=TOP_K)
+    write_config(Gate(model=MODEL, checks=(check,)), gate)  # JSON is YAML
+    act = promote(PromoteConfig(gate=gate, candidate=stored.version, why="quickstart"))
+    assert act.outcome, "an act that returns is closed"
+    if act.decision is None:  # another act is under way
+        return f"models:/{MODEL}@champion", f"not promoted: {act.outcome.why}"
+    found = act.decision.reasons[0].found
+    if act.outcome.result == "done":
+        return stored.uri, f"promoted: {found}"
+    return f"models:/{MODEL}/{act.decision.champion}", f"not proven to be better: {found}"
 
 
 def _training(config: QuickstartConfig, out: Path) -> PretrainConfig:
@@ -157,6 +195,7 @@ def _training(config: QuickstartConfig, out: Path) -> PretrainConfig:
         workers=config.workers,
         seed=config.seed,
         experiment="albef-quickstart",
+        register=MODEL,
     )
 
 

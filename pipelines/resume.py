@@ -56,6 +56,7 @@ MAY_CHANGE = frozenset(
         "max_bad_steps",
         "experiment",
         "register",
+        "register_checkpoint",
         "init",
         "image_weights",
         "text_weights",

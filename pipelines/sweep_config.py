@@ -24,7 +24,7 @@ class SweepConfig(PretrainConfig):
     1, and the rate from a quarter to four times the preset's."""
     search: Literal["random", "grid", "model"] = "random"
     """How settings are chosen: spread at random, on a grid, or by a model of those already tried
-    (Optuna's TPE)."""
+    (Optuna)."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     """Who stops trials: `asha` those that are behind at a milestone; `pbt` lets them go on from the
     better one with a changed setting; `none`: nobody."""

@@ -19,6 +19,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 # Read by MLflow when it is imported: nothing is ever unpickled; no bars between ours, and no notes
 # on database migrations or a missing pip.
@@ -165,6 +167,22 @@ def settle_run(
     for key, value in tags.items():
         client.set_tag(handle.run_id, key, value[:MAX_VALUE_LENGTH])
     client.set_terminated(handle.run_id, status)
+
+
+def fetch_artifact(run: RunHandle, path: str, folder: Path) -> Path | None:
+    """Copy an artifact, a file or a folder, of a run into `folder`; None: the run has none.
+
+    What lies on this machine is not copied: where it lies is told.
+    """
+    client = MlflowClient(run.uri)
+    parent = Path(path).parent.as_posix()
+    listed = client.list_artifacts(run.run_id, None if parent == "." else parent)
+    if path not in [entry.path for entry in listed]:
+        return None
+    root = urlparse(client.get_run(run.run_id).info.artifact_uri)
+    if root.scheme in ("", "file"):
+        return Path(url2pathname(str(root.path))) / path
+    return Path(client.download_artifacts(run.run_id, path, str(folder)))
 
 
 def metric_name(text: str) -> str:
@@ -323,7 +341,7 @@ class Tracker:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """Name every field of nested dataclasses by its dotted path; the values become text."""
+    """Name every field of nested dataclasses or dictionaries by its dotted path, as text."""
     named: dict[str, str] = {}
     items = (
         ((field.name, getattr(config, field.name)) for field in fields(config))
@@ -331,7 +349,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
         else config.items()
     )
     for name, value in items:
-        if is_dataclass(value):
+        if is_dataclass(value) or isinstance(value, Mapping):
             named |= flatten(value, f"{prefix}{name}.")
         else:
             named[prefix + name] = str(value)

@@ -19,13 +19,16 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from albef_core.config import format_recipe
 from albef_core.errors import InputError, Preempted
+from pipelines.checkpoint_files import FileMark
 from pipelines.checkpoint_store import CheckpointStore, Found, open_store
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig, TaskName, TrainConfig
-from pipelines.config_file import write_config
+from pipelines.config_file import config_values, write_config
 from pipelines.examples import VAL_FILE, Collected, collect_examples, write_examples
+from pipelines.leaks import find_leaks
 from pipelines.manifest import Manifest, check_captioned, read_manifest
-from pipelines.model_store import StoredModel, log_model
+from pipelines.model_card import CorpusSummary, Provenance, environment
+from pipelines.model_store import StoredModel, log_checkpoint, log_model
 from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
 from pipelines.progress import OnMeasured, open_board, run_with_progress
@@ -41,7 +44,7 @@ from pipelines.resume import (
 )
 from pipelines.start import prepare_start
 from pipelines.task import Task
-from pipelines.tracking import RunHandle, Tracker, open_run
+from pipelines.tracking import RunHandle, Tracker, git_commit, open_run
 from pipelines.train_loop import TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
@@ -191,9 +194,13 @@ def train(
         _fit(job, on_measured=on_measured)
         last = _last_checkpoint(job, store)
         finished = (store.best() if config.val else None) or last
-        model = _finished_model(finished, run_dir / "model")
+        model, state = _finished_model(finished, run_dir / "model", config, handle)
         told = {"corpus.id": course.corpus_id, "seed": str(config.seed)}
-        stored = log_model(handle, model, register=config.register, tags=told)
+        device = "cuda" if on_gpu else "cpu"
+        provenance = _provenance(config, finished, state, environment(device))
+        stored = log_model(
+            handle, model, provenance=provenance, register=config.register, tags=told
+        )
     except BaseException as error:
         was_stopped = isinstance(error, KeyboardInterrupt | Preempted | SystemExit)
         tracker.finish("KILLED" if was_stopped else "FAILED")
@@ -269,11 +276,38 @@ def _last_checkpoint(job: TrainJob, store: CheckpointStore) -> Found:
     return newest
 
 
-def _finished_model(found: Found, folder: Path) -> Path:
-    """Copy the student out of a checkpoint: a model folder without teacher and optimizer."""
+def _finished_model(
+    found: Found, folder: Path, config: TrainConfig, handle: RunHandle
+) -> tuple[Path, dict[str, FileMark]]:
+    """Copy the student out of a checkpoint: a model folder without teacher and optimizer.
+
+    Where the model is to be registered, all of the checkpoint goes into the MLflow run.
+
+    Returns:
+        The folder, and the marks of the checkpoint's files in MLflow.
+    """
     folder.mkdir(exist_ok=True)
     with found.fetch() as source:
         for file in source.iterdir():
             if file.name not in TRAINING_FILES:
                 shutil.copyfile(file, folder / file.name)
-    return folder
+        if config.register and config.register_checkpoint:
+            return folder, log_checkpoint(handle, source)
+    return folder, {}
+
+
+def _provenance(
+    config: TrainConfig, found: Found, state: dict[str, FileMark], runs_on: dict[str, str]
+) -> Provenance:
+    learned = read_manifest(config.corpus)
+    return Provenance(
+        corpus=CorpusSummary.of(learned),
+        recipe=format_recipe(config.recipe),
+        seed=config.seed,
+        config=config_values(config),
+        git_commit=git_commit(),
+        environment=runs_on,
+        metrics=found.progress.metrics,
+        leaks=find_leaks(learned, read_manifest(config.val)) if config.val else None,
+        checkpoint=state,
+    )

@@ -62,7 +62,8 @@ def test_arrows_point_one_way_even_inside_functions(package: str, forbidden: set
 
 
 def test_mlflow_has_one_door() -> None:
-    doors = {"tracking.py", "model_store.py", "promote.py", "served_model.py", "doctor_mlflow.py"}
+    doors = {"tracking.py", "model_store.py", "served_model.py", "doctor_mlflow.py"}
+    doors |= {"promote.py", "promote_report.py", "history.py"}
 
     wrong = [f.name for f in source_files(*PACKAGES) if "mlflow" in imported(f)]
 
@@ -110,7 +111,10 @@ def test_what_data_tasks_use_starts_without_torch(module: str) -> None:
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("module", ["albef_core.config", "pipelines.config", "pipelines.presets"])
+@pytest.mark.parametrize(
+    "module",
+    ["albef_core.config", "pipelines.config", "pipelines.presets", "pipelines.registry_config"],
+)
 def test_configs_need_the_standard_library_only(module: str) -> None:
     # -S leaves out the site packages, so importing anything else cannot succeed.
     process = subprocess.run(

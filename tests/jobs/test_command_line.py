@@ -16,10 +16,11 @@ from pipelines.config import (
     EvaluateConfig,
     IngestConfig,
     PretrainConfig,
-    QuickstartConfig,
 )
 from pipelines.config_file import write_config
 from pipelines.presets import PRETRAIN, base, tiny
+from pipelines.quickstart_config import QuickstartConfig
+from pipelines.registry_config import DiffConfig
 
 JOBS = Path(__file__).parents[2] / "jobs"
 TASKS = {"retrieval": ("Zero-shot retrieval.", EvaluateConfig)}
@@ -156,6 +157,18 @@ def test_a_task_starts_from_a_file_and_flags_change_it(tmp_path: Path) -> None:
     _name, config = parse_task(TASKS, args=args)
 
     assert config == dataclasses.replace(saved, corpus=Path("d"))
+
+
+def test_two_versions_are_words_and_no_flags() -> None:
+    acts = {"diff": ("Show two versions.", DiffConfig)}
+
+    _act, config = parse_task(acts, kind="act", args=["diff", "models:/a/1", "models:/a/2"])
+
+    assert config == DiffConfig(one="models:/a/1", other="models:/a/2")
+    with pytest.raises(InputError, match=r"Missing from .*: OTHER"):
+        parse_task(acts, kind="act", args=["diff", "models:/a/1"])
+    with pytest.raises(InputError, match=r"'dif' is no act\. Did you mean diff\?"):
+        parse_task(acts, kind="act", args=["dif"])
 
 
 def test_the_file_of_another_job_is_refused(tmp_path: Path) -> None:
@@ -336,6 +349,7 @@ def test_a_job_refuses_with_one_line_and_exit_code_2(command: str, line: str) ->
         "evaluate.py retrieval -h",
         "evaluate.py grounding -h",
         "explain.py --help",
+        "promote.py check --help",
     ],
 )
 def test_help_answers_without_the_heavy_libraries(command: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from albef_core.tokenizer import Tokenizer
 from albef_core.weights import save_model
 from pipelines.embedder import Embedding, encode_rows, load_judge
 from pipelines.manifest import Manifest, RowGroup, read_captions, read_row_group
+from pipelines.model_card import CorpusSummary, Provenance, environment
 from pipelines.pictures import _decode
 
 
@@ -42,6 +44,25 @@ def save_small_model(folder: Path, tokenizer: Tokenizer, *, seed: int = 0, **siz
         tokenizer=tokenizer,
     )
     return model
+
+
+def made_by_hand(manifest: Manifest | None = None, **more: Any) -> Provenance:
+    """Say of a model that no training made it; `more` are fields of `Provenance`."""
+    corpus = CorpusSummary(
+        content_id="0" * 64, folder="/nowhere", num_images=0, num_captions=0, sources={}
+    )
+    made = Provenance(
+        corpus=CorpusSummary.of(manifest) if manifest else corpus,
+        recipe="corrected",
+        seed=0,
+        config={"optim": {"lr": 1e-4}},
+        git_commit="unknown",
+        environment=environment("cpu"),
+        metrics={"val/error": 0.5},
+        leaks=None,
+        checkpoint={},
+    )
+    return replace(made, **more)
 
 
 def encoded_here(

@@ -21,10 +21,19 @@ from pipelines.config import (
     ExplainConfig,
     IngestConfig,
     PretrainConfig,
-    QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
 from pipelines.presets import PRETRAIN, PlanConfig, tiny
+from pipelines.quickstart_config import QuickstartConfig
+from pipelines.registry_config import (
+    Check,
+    DiffConfig,
+    Gate,
+    HistoryConfig,
+    PromoteConfig,
+    RollbackConfig,
+)
+from pipelines.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,13 +185,16 @@ def config_fields(config_class: type) -> Iterator[str]:
         yield f"{config_class.__name__}.{field.name}"
 
 
+NOT_READERS = ("config.py", "presets.py", "registry_config.py", "sweep_config.py")
+
+
 def attributes_read() -> set[str]:
     files = [
         file
         for folder in ("albef_core", "pipelines", "jobs")
         for file in (ROOT / folder).rglob("*.py")
     ]
-    trees = [ast.parse(f.read_text()) for f in files if f.name not in ("config.py", "presets.py")]
+    trees = [ast.parse(f.read_text()) for f in files if f.name not in NOT_READERS]
     return {
         node.attr
         for tree in trees
@@ -203,6 +215,13 @@ def attributes_read() -> set[str]:
         EmbedConfig,
         AuditConfig,
         QuickstartConfig,
+        SweepConfig,
+        Gate,
+        Check,
+        PromoteConfig,
+        RollbackConfig,
+        HistoryConfig,
+        DiffConfig,
     ],
 )
 def test_every_field_of_a_config_is_read_somewhere(config_class: type) -> None:

@@ -22,7 +22,8 @@ from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval, protocol_of, resolution_of
 from pipelines.manifest import read_columns, read_manifest
 from pipelines.report import summary_table
-from pipelines.tracking import open_run
+from pipelines.row_scores import read_rows, subject_of
+from pipelines.tracking import RunHandle, open_run
 from tests.conftest import picture_row, write_corpus
 from tests.pipelines.small_model import save_small_model, words_of
 
@@ -113,6 +114,25 @@ def test_every_row_is_counted_and_what_is_left_out_is_named(result):
     assert result.num_empty_captions == 3
     assert result.num_images == NUM_IMAGES - 2
     assert result.num_texts == 2 * (NUM_IMAGES - 2)
+
+
+def test_rows_are_kept_by_name_and_their_mean_is_mean_recall(result, config, model_folder):
+    subject = subject_of(
+        "retrieval", config, model=model_folder, corpus_id=read_manifest(config.corpus).content_id
+    )
+    rows = read_rows(RunHandle(result.tracking_uri, result.run_id), subject)
+    assert rows is not None
+    keys = rows["key"].to_pylist()
+    assert len(set(keys)) == len(keys) == result.num_images + result.num_texts
+    assert {"picture-003", "picture-003 0", "picture-003 1"} <= set(keys)
+    assert not any(f"picture-{number:03d}" in keys for number in (BROKEN, SILENT))
+    for stage in ("itc", "itm"):
+        means = rows.group_by("part").aggregate([(stage, "mean")])[f"{stage}_mean"].to_numpy()
+        assert means.mean() == pytest.approx(result.metrics[stage]["mean_recall"].value)
+    other = subject_of(
+        "retrieval", replace(config, top_k=2), model=model_folder, corpus_id=subject.corpus_id
+    )
+    assert read_rows(RunHandle(result.tracking_uri, result.run_id), other) is None
 
 
 def test_progress_ends_with_every_picture(result, heard):

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from albef_core.errors import InputError
 from albef_core.weights import load_model
-from pipelines.config import QuickstartConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import OnProgress
-from pipelines.quickstart import quickstart
+from pipelines.model_store import StoredModel, verify
+from pipelines.quickstart import promote_quickstart, quickstart
+from pipelines.quickstart_config import QuickstartConfig
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,20 @@ def test_every_stage_runs_and_the_headline_is_the_one_named_beforehand(
     assert last["pictures to train on"] == (64, 64)
     assert last["held-out pictures"] == (24, 24)
     assert last["images"] == (24, 24)
+    assert written["champion_uri"] == written["model_uri"] == "models:/albef-quickstart/1"
+    assert written["promotion"].startswith(f"promoted: {headline['value']:.1%}; there is no champ")
+    champion = verify("models:/albef-quickstart@champion", with_checkpoint=True)
+    assert champion.card is not None
+    assert champion.card.provenance.corpus.content_id == written["corpus_id"]
+    assert "optimizer.pt" in champion.card.provenance.checkpoint
+
+    # Another quickstart would give the same model: no version is better than itself.
+    client = MlflowClient(summary.tracking_uri)
+    own = client.get_model_version("albef-quickstart", "1")
+    again = client.create_model_version(
+        "albef-quickstart", own.source, own.run_id, tags=dict(own.tags)
+    )
+    stored = StoredModel(f"models:/albef-quickstart/{again.version}", str(again.version))
+    uri, why = promote_quickstart(stored, Path(summary.folders["held_out"]), tmp_path / "g.yaml")
+    assert uri == "models:/albef-quickstart/1"
+    assert "+0.00 points" in why
