@@ -83,6 +83,8 @@ def sweep(config: SweepConfig, *, preset: str, start: PretrainConfig) -> SweepRe
         with_point(config, point)  # refuses what the config does not allow
     # Tune would keep a log of its own of each trial, in three formats.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # A trial that fails before its first milestone has nothing to compare, and ends no sweep.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     connect(dashboard=config.workers > 0)
     on_gpu = use_gpu(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,9 +98,7 @@ def sweep(config: SweepConfig, *, preset: str, start: PretrainConfig) -> SweepRe
     )
     tracker = Tracker(handle)
     try:
-        plan = TrialPlan(
-            config=config, folder=folder / "trials", marks=marks, parent_run=handle.run_id
-        )
+        plan = TrialPlan(config=config, folder=folder / "trials", marks=marks, parent=handle)
         stage = Stage(plan, folder / "tune" / "search", at_once=at_once(config, on_gpu=on_gpu))
         trials = stage.search(axes, points, default, on_gpu=on_gpu)
         confirmed = _confirm(config, trials, default, plan, folder, on_gpu=on_gpu)
@@ -198,6 +198,7 @@ class Stage:
                     scheduler=scheduler,
                     num_samples=num,
                     max_concurrent_trials=self._at_once,
+                    reuse_actors=True,  # starting one costs as much as a short trial
                 ),
                 run_config=tune.RunConfig(
                     name=self._experiment.name,
@@ -208,8 +209,9 @@ class Stage:
                 ),
             )
         grid = tuner.fit()
-        results = [_result_of(plan, trial, default) for trial in grid._experiment_analysis.trials]  # pyright: ignore[reportPrivateUsage]  # a Result does not know its trial's id
-        return results
+        trials = grid._experiment_analysis.trials  # pyright: ignore[reportPrivateUsage]  # a Result does not know its trial's id
+        results = [_result_of(plan, trial, default) for trial in trials or []]
+        return sorted(results, key=lambda result: result.name)
 
 
 class Narrator(tune.Callback):
@@ -282,9 +284,11 @@ def _scheduler(plan: TrialPlan, space: dict[str, Any]) -> TrialScheduler:
         return PopulationBasedTraining(
             time_attr=RUNG, perturbation_interval=1, hyperparam_mutations=space
         )
-    last = config.reduction ** (len(plan.marks) - 1)
     return ASHAScheduler(
-        time_attr=RUNG, max_t=last, grace_period=1, reduction_factor=config.reduction
+        time_attr=RUNG,
+        max_t=config.reduction ** (len(plan.marks) - 1),
+        grace_period=1,
+        reduction_factor=config.reduction,
     )
 
 
@@ -305,8 +309,7 @@ def _result_of(plan: TrialPlan, trial: Trial, default: Point) -> TrialResult:
     elif trial.status == Trial.ERROR:
         status, reason = "died", _last_line(trial.get_error())
     else:
-        is_whole = bool(measured) and measured[-1][0] >= plan.marks[-1]
-        status, reason = ("finished" if is_whole else "stopped"), ""
+        status, reason = ("finished" if body.get("is_done") else "stopped"), ""
     handle = RunHandle.of(run_dir) if run_dir.is_dir() else None
     if handle is not None:
         points = {f"val/{METRIC}": measured}

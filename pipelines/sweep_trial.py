@@ -1,6 +1,7 @@
 """One trial of a sweep: a pre-training of its own, which tells Ray Tune what it measures."""
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pipelines.checkpoint_store import open_store
 from pipelines.config import PretrainConfig
 from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_space import Point, with_point
+from pipelines.tracking import RunHandle
 from pipelines.train import pretrain
 
 RECORD_FILE = "trial.json"
@@ -36,7 +38,7 @@ class TrialPlan:
     """Where trials have their runs."""
     marks: tuple[int, ...]
     """Pairs seen at which a trial is compared; the last one is its end."""
-    parent_run: str
+    parent: RunHandle
     """MLflow run of the sweep."""
 
     @property
@@ -44,15 +46,19 @@ class TrialPlan:
         """Tell whether one trial may go on from another."""
         return self.config.scheduler == "pbt"
 
-    def rung(self, pairs: int, batch_size: int) -> int | None:
+    def rung(self, pairs: int, batch_size: int) -> float | None:
         """Give what Tune's schedulers count in; None: nothing is compared after so many pairs.
 
         PBT counts the milestones. ASHA compares at powers of the reduction factor, so the n-th
-        milestone is the n-th power.
+        milestone is the n-th power. The end lies between two of them: a scheduler that ended a
+        trial there would end it before its model is kept.
         """
+        last = len(self.marks) - 1
         for number, mark in enumerate(self.marks):
             if 0 <= pairs - mark < batch_size:
-                return 1 + number if self.keeps_checkpoints else self.config.reduction**number
+                compared = min(number, last - 1)
+                count = 1 + compared if self.keeps_checkpoints else self.config.reduction**compared
+                return count + (0.5 if number == last else 0.0)
         return None
 
 
@@ -83,6 +89,8 @@ def run_trial(point: Point, plan: TrialPlan) -> None:
     """
     name = tune.get_context().get_trial_id()
     assert name is not None
+    # A trial's process has the environment of its node, and not that of the sweep's command.
+    os.environ["MLFLOW_TRACKING_URI"] = plan.parent.uri
     record = Record(plan.folder / name, point)
     try:
         config = trial_config(plan, point, name)
@@ -96,7 +104,7 @@ def run_trial(point: Point, plan: TrialPlan) -> None:
                 record.add(pairs, values[CURVE])
                 _report(plan, config, step, {RUNG: rung, METRIC: values[CURVE], "pairs": pairs})
 
-        tags = {"mlflow.parentRunId": plan.parent_run}
+        tags = {"mlflow.parentRunId": plan.parent.run_id}
         pretrain(config, on_measured=on_measured, tags=tags)
     except Preempted:
         return  # the sweep was stopped, and goes on with the same command

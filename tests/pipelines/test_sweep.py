@@ -39,7 +39,7 @@ def small_sweep(corpus: Path, val: Path, root: Path, **changes: Any) -> SweepCon
         milestones=(2 * BATCH,),
         confirm_seeds=1,
         bootstrap=50,
-        max_bad_steps=1,
+        max_bad_steps=0,
         model=dataclasses.replace(
             start.model, image_size=32, image_width=32, image_layers=1, text_width=32
         ),
@@ -158,6 +158,6 @@ def test_the_same_name_goes_on_and_trains_nothing_twice(
 
 
 def test_a_sweep_without_held_out_pictures_is_refused(tmp_path: Path) -> None:
-    config = small_sweep(tmp_path, tmp_path, tmp_path, val=None)
+    config = dataclasses.replace(small_sweep(tmp_path, tmp_path, tmp_path), val=None)
     with pytest.raises(InputError, match="--val is missing: trials are compared by their recall"):
         sweep(config, preset="tiny", start=tiny())
