@@ -23,7 +23,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from albef_core.errors import InputError
+from albef_core.errors import InputError, Preempted
 from albef_core.paired import Difference, paired_bootstrap
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig
@@ -64,8 +64,9 @@ def sweep(config: SweepConfig, *, preset: str, start: PretrainConfig) -> SweepRe
 
     Raises:
         InputError: corpus, held-out pictures, axes, resources or an earlier sweep do not fit.
+        Preempted: the sweep was asked to stop, and goes on with the same command.
     """
-    config = with_absolute_names(config)
+    config = _named(with_absolute_names(config))
     if config.val is None:
         raise InputError(
             "--val is missing: trials are compared by their recall on held-out pictures. Give a"
@@ -107,7 +108,8 @@ def sweep(config: SweepConfig, *, preset: str, start: PretrainConfig) -> SweepRe
         tracker.log_artifact(folder / SWEEP_FILE, SWEEP_FILE)
         log_report(tracker, result, folder)
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        was_stopped = isinstance(error, KeyboardInterrupt | Preempted)
+        tracker.finish("KILLED" if was_stopped else "FAILED")
         raise
     tracker.finish()
     return result
@@ -208,9 +210,15 @@ class Stage:
                     verbose=0,
                 ),
             )
-        grid = tuner.fit()
-        trials = grid._experiment_analysis.trials  # pyright: ignore[reportPrivateUsage]  # a Result does not know its trial's id
-        results = [_result_of(plan, trial, default) for trial in trials or []]
+        again = "The same command goes on with it."
+        try:
+            grid = tuner.fit()
+        except SystemExit:  # Ray's answer to SIGTERM
+            raise Preempted(f"Stopped during {path}, as asked. {again}") from None
+        trials = grid._experiment_analysis.trials or []  # pyright: ignore[reportPrivateUsage]  # a Result does not know its trial's id
+        if open_trials := [t for t in trials if not t.is_finished()]:
+            raise Preempted(f"Stopped with {len(open_trials)} trials open in {path}. {again}")
+        results = [_result_of(plan, trial, default) for trial in trials]
         return sorted(results, key=lambda result: result.name)
 
 
@@ -354,7 +362,8 @@ def _confirm(
     best = [trial.point for trial in ranked(trials) if not trial.is_default][:NUM_CONFIRMED]
     seeds = range(config.seed + 1, config.seed + 1 + config.confirm_seeds)
     points = [{**point, SEED: seed} for seed in seeds for point in [default, *best]]
-    again = dataclasses.replace(plan, folder=folder / "confirm")
+    to_the_end = dataclasses.replace(config, scheduler="none")
+    again = dataclasses.replace(plan, folder=folder / "confirm", config=to_the_end)
     stage = Stage(again, folder / "tune" / "confirm", at_once=at_once(config, on_gpu=on_gpu))
     results = {
         json.dumps(trial.point): trial for trial in stage.repeat(points, default, on_gpu=on_gpu)
@@ -424,6 +433,19 @@ def _answer(
         tracking_uri=handle.uri,
         run_id=handle.run_id,
     )
+
+
+def _named(config: SweepConfig) -> SweepConfig:
+    """Find the sweep that `--resume` goes on with, where no `--name` says so."""
+    if config.name:
+        return config
+    if config.resume != "newest":
+        folder = Path(config.resume).absolute()
+        return dataclasses.replace(config, name=folder.name, storage=folder.parent)
+    begun = sorted(config.storage.glob("*/tune"), key=lambda state: state.stat().st_mtime)
+    if not begun:
+        raise InputError(f"--resume: {config.storage} holds no sweep. Check --storage, or begin.")
+    return dataclasses.replace(config, name=begun[-1].parent.name)
 
 
 def _check_same(config: SweepConfig, folder: Path) -> None:
