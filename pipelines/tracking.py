@@ -352,7 +352,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
         if is_dataclass(value) or isinstance(value, Mapping):
             named |= flatten(value, f"{prefix}{name}.")
         else:
-            named[prefix + name] = str(value)
+            # As the command line takes it.
+            is_list = isinstance(value, tuple)
+            named[prefix + name] = " ".join(map(str, value)) if is_list else str(value)
     return named
 
 
