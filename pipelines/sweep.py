@@ -361,13 +361,15 @@ def _confirm(
         return []
     best = [trial.point for trial in ranked(trials) if not trial.is_default][:NUM_CONFIRMED]
     seeds = range(config.seed + 1, config.seed + 1 + config.confirm_seeds)
-    points = [{**point, SEED: seed} for seed in seeds for point in [default, *best]]
     to_the_end = dataclasses.replace(config, scheduler="none")
     again = dataclasses.replace(plan, folder=folder / "confirm", config=to_the_end)
-    stage = Stage(again, folder / "tune" / "confirm", at_once=at_once(config, on_gpu=on_gpu))
-    results = {
-        json.dumps(trial.point): trial for trial in stage.repeat(points, default, on_gpu=on_gpu)
-    }
+    results: dict[str, TrialResult] = {}
+    for seed in seeds:  # a stage each, so that the same name may go on with more of them
+        points = [{**point, SEED: seed} for point in [default, *best]]
+        state = folder / "tune" / f"confirm-{seed}"
+        stage = Stage(again, state, at_once=at_once(config, on_gpu=on_gpu))
+        repeated = stage.repeat(points, default, on_gpu=on_gpu)
+        results |= {json.dumps(trial.point): trial for trial in repeated}
     rows, values = {}, {}
     for number, point in enumerate([default, *best]):
         runs = [results.get(json.dumps({**point, SEED: seed})) for seed in seeds]

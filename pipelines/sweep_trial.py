@@ -100,10 +100,16 @@ def run_trial(point: Point, plan: TrialPlan) -> None:
         def on_measured(step: int, values: Mapping[str, float]) -> None:
             pairs = step * config.batch_size
             rung = plan.rung(pairs, config.batch_size)
-            if rung is not None:
-                record.add(pairs, values[CURVE])
-                _report(plan, config, step, {RUNG: rung, METRIC: values[CURVE], "pairs": pairs})
+            if rung is None:
+                return
+            record.add(pairs, values[CURVE])
+            said = {RUNG: rung, METRIC: values[CURVE], "pairs": pairs}
+            if pairs < plan.marks[-1]:
+                _report(plan, config, step, said)
+            else:
+                at_the_end.append((step, said))
 
+        at_the_end: list[tuple[int, dict[str, float]]] = []
         tags = {"mlflow.parentRunId": plan.parent.run_id}
         pretrain(config, on_measured=on_measured, tags=tags)
     except Preempted:
@@ -112,6 +118,8 @@ def run_trial(point: Point, plan: TrialPlan) -> None:
         record.close(str(error))
         return
     record.close("")
+    for step, said in at_the_end:  # not before the model is kept: Tune may end this process
+        _report(plan, config, step, said)
 
 
 class Record:
