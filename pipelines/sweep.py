@@ -161,7 +161,10 @@ class Stage:
             else _model_search(space, default, seed=config.seed)
         )
         num = len(points) or config.trials
-        return self._run(space, search, _scheduler(self._plan, space), num, default, on_gpu=on_gpu)
+        scheduler = _scheduler(self._plan, space)
+        # A model brings its space along, and Tune refuses to be told of it twice.
+        own = space if points else {}
+        return self._run(own, search, scheduler, num, default, on_gpu=on_gpu)
 
     def repeat(self, points: list[Point], default: Point, *, on_gpu: bool) -> list[TrialResult]:
         """Train points to their end."""
