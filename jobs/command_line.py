@@ -29,16 +29,15 @@ from albef_core.errors import InputError, Preempted
 from pipelines.config import (
     AuditConfig,
     EmbedConfig,
-    EvaluateConfig,
-    EvaluateGroundingConfig,
-    EvaluateTaskConfig,
     FinetuneConfig,
     IngestConfig,
+    PlanConfig,
     PretrainConfig,
+    QuickstartConfig,
     TrainConfig,
 )
-from pipelines.presets import UNSET, PlanConfig
-from pipelines.quickstart_config import QuickstartConfig
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
+from pipelines.presets import UNSET
 from pipelines.sweep_config import SweepConfig
 
 Config = TypeVar("Config")

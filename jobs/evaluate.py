@@ -2,7 +2,7 @@
 
 from command_line import parse_task, run_job
 
-from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 
 TASKS = {
     "retrieval": ("Image-text retrieval: ITC alone, then ITM over its best k.", EvaluateConfig),

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from pipelines.config import PlanConfig
 from pipelines.plan import Range, make_plan
-from pipelines.presets import PlanConfig
 
 COLORS = {"measured": "green", "reported": "yellow", "estimated": "red"}
 

@@ -2,7 +2,7 @@
 
 from command_line import parse, run_job
 
-from pipelines.quickstart_config import QuickstartConfig
+from pipelines.config import QuickstartConfig
 
 
 def main() -> None:

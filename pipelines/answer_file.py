@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from albef_core.errors import InputError
-from pipelines.config import EvaluateTaskConfig
 from pipelines.evaluate_task import closed_answers, load_tuned, predict_examples
+from pipelines.evaluation_config import EvaluateTaskConfig
 from pipelines.examples import collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model

@@ -130,7 +130,8 @@ def audit(
     figure = disbelief_figure(rows, num_pairs=result.num_pairs)
     figure.savefig(config.out / PAGE_NAME, bbox_inches="tight", dpi=120)
     (config.out / RESULT_NAME).write_text(json.dumps(asdict(result), indent=1) + "\n")
-    _log(result, config, run, is_new=is_new)
+    with tracking.findings(run, is_new=is_new) as tracker:
+        _log(result, config, tracker)
     return result
 
 
@@ -284,9 +285,7 @@ def _page(
     return rows
 
 
-def _log(
-    result: AuditResult, config: AuditConfig, run: tracking.RunHandle, *, is_new: bool
-) -> None:
+def _log(result: AuditResult, config: AuditConfig, tracker: tracking.Tracker) -> None:
     """Log as `audit/<corpus>/...`: the areas with their ends, and the files of `out`."""
     folder = f"audit/{tracking.metric_name(config.corpus.resolve().name)}"
     points = {f"{folder}/pairs": float(result.num_pairs)}
@@ -294,11 +293,6 @@ def _log(
         prefix = f"{folder}/auc" if name == "score" else f"{folder}/{name}/auc"
         points[prefix] = found.value
         points[f"{prefix}_low"], points[f"{prefix}_high"] = found.low, found.high
-    tracker = tracking.Tracker(run, skip_logged=False)
     tracker.log(points, step=0)
     for name in (RESULT_NAME, PAGE_NAME, CONFIG_NAME):
         tracker.log_artifact(config.out / name, f"{folder}/{name}")
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()

@@ -21,8 +21,8 @@ from albef_core.tasks.retrieval import wanted_pairs
 from albef_core.weights import is_fine_tuned
 from pipelines import tracking
 from pipelines.cluster import check_actors, pick_device
-from pipelines.config import EvaluateConfig, Protocol
 from pipelines.config_file import write_config
+from pipelines.evaluation_config import EvaluateConfig, Protocol
 from pipelines.judge import Judges
 from pipelines.manifest import Manifest, read_columns, read_manifest
 from pipelines.model_store import find_model, is_model_uri
@@ -173,13 +173,9 @@ def evaluate_retrieval(
         tracking_uri=run.uri,
         run_id=run.run_id,
     )
-    tracker = tracking.Tracker(run, skip_logged=False)
-    log_rows(tracker, rows, subject)
-    _log(result, config, tracker, row_of={r.image_id: r.number for r in seen.shown})
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()
+    with tracking.findings(run, is_new=is_new) as tracker:
+        log_rows(tracker, rows, subject)
+        _log(result, config, tracker, row_of={r.image_id: r.number for r in seen.shown})
     if config.json is not None:
         result.write(config.json)
     return result

@@ -19,8 +19,8 @@ from albef_core.weights import LoadedModel, load_model
 from pipelines import tracking
 from pipelines.annotations import Box
 from pipelines.cluster import check_actors, pick_device
-from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import write_config
+from pipelines.evaluation_config import EvaluateGroundingConfig
 from pipelines.explain_report import Found, found_figure, grounding_figure, sweep_figure
 from pipelines.expressions import Expression, collect_expressions
 from pipelines.grounder import (
@@ -184,24 +184,18 @@ def evaluate_grounding(
         ),
     )
     shown = [expressions[n] for n in np.flatnonzero(is_shown)]
-    tracker = tracking.Tracker(run, skip_logged=False)
-    log_rows(
-        tracker,
-        example_rows(
-            {
-                name: np.where(one.is_counted, one.values[:, best], np.nan)[is_shown]
-                for name, one in scored.items()
-            },
-            [expression.image_id for expression in shown],
-            np.flatnonzero(is_shown),
-        ),
-        subject_of("grounding", config, model=folder, corpus_id=manifest.content_id),
+    rows = example_rows(
+        {
+            name: np.where(one.is_counted, one.values[:, best], np.nan)[is_shown]
+            for name, one in scored.items()
+        },
+        [expression.image_id for expression in shown],
+        np.flatnonzero(is_shown),
     )
-    _log(result, config, tracker, cases=_cases(result, config, loaded, shown))
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()
+    subject = subject_of("grounding", config, model=folder, corpus_id=manifest.content_id)
+    with tracking.findings(run, is_new=is_new) as tracker:
+        log_rows(tracker, rows, subject)
+        _log(result, config, tracker, cases=_cases(result, config, loaded, shown))
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")

@@ -22,8 +22,8 @@ from albef_core.tasks.predict import Answering
 from albef_core.tasks.vqa_answers import check_answers
 from pipelines import tracking
 from pipelines.cluster import check_actors, pick_device
-from pipelines.config import EvaluateTaskConfig
 from pipelines.config_file import write_config
+from pipelines.evaluation_config import EvaluateTaskConfig
 from pipelines.examples import NO_ROW, collect_examples
 from pipelines.manifest import read_manifest
 from pipelines.model_store import find_model
@@ -156,21 +156,15 @@ def evaluate_task(
             for n in np.flatnonzero(is_shown)
         ),
     )
-    tracker = tracking.Tracker(run, skip_logged=False)
-    log_rows(
-        tracker,
-        example_rows(
-            {"accuracy": scores[is_shown]},
-            [prediction.image_id for prediction in result.predictions],
-            np.flatnonzero(is_shown),
-        ),
-        subject_of(task, config, model=folder, corpus_id=manifest.content_id),
+    rows = example_rows(
+        {"accuracy": scores[is_shown]},
+        [prediction.image_id for prediction in result.predictions],
+        np.flatnonzero(is_shown),
     )
-    _log(result, config, tracker, examples=table.filter(pa.array(is_shown)))
-    if is_new:
-        tracker.finish()
-    else:
-        tracker.close()
+    subject = subject_of(task, config, model=folder, corpus_id=manifest.content_id)
+    with tracking.findings(run, is_new=is_new) as tracker:
+        log_rows(tracker, rows, subject)
+        _log(result, config, tracker, examples=table.filter(pa.array(is_shown)))
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(asdict(result), indent=1) + "\n")

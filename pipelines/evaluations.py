@@ -7,10 +7,10 @@ from rich.table import Table
 
 from albef_core.errors import InputError
 from pipelines.answer_file import answers_table, write_answers
-from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.evaluate import RetrievalResult, evaluate_retrieval
 from pipelines.evaluate_grounding import GroundingResult, evaluate_grounding
 from pipelines.evaluate_task import TaskResult, evaluate_task
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.explain_report import grounding_table, sweep_table
 from pipelines.report import summary_table
 from pipelines.retrieval_report import recall_against_k_table, slices_table

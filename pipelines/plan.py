@@ -11,12 +11,12 @@ from typing import Any, Literal
 from albef_core.config import ModelConfig
 from albef_core.errors import InputError
 from pipelines.checkpoint_store import best_curve
-from pipelines.config import PretrainConfig
+from pipelines.config import PlanConfig, PretrainConfig
 from pipelines.doctor_storage import checkpoint_bytes
 from pipelines.doctor_training import COMFORT
 from pipelines.manifest import read_manifest
 from pipelines.order import steps_per_epoch
-from pipelines.presets import PRETRAIN, PlanConfig
+from pipelines.presets import PRETRAIN
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "throughput.json"
 Label = Literal["measured", "reported", "estimated"]

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from albef_core.config import (
     DistillConfig,
@@ -13,13 +12,12 @@ from albef_core.config import (
     ObjectiveConfig,
     OptimConfig,
     TextConfig,
-    check_counts,
-    check_range,
 )
-from pipelines.config import AugmentConfig, FinetuneConfig, PretrainConfig, TaskName
+from pipelines.config import AugmentConfig, FinetuneConfig, PlanConfig, PretrainConfig, TaskName
 from pipelines.sweep_config import SweepConfig
 
 UNSET = Path("CORPUS")
+Wider = TypeVar("Wider", bound=PretrainConfig)
 
 
 def base() -> PretrainConfig:
@@ -110,56 +108,32 @@ PRETRAIN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(PretrainConfig):
-    """Say what a pre-training would take; nothing is trained, and no corpus needs to be there."""
+def _widened(
+    preset: Callable[[], PretrainConfig], kind: type[Wider], **own: Any
+) -> Callable[[], Wider]:
+    """Make a preset of a job that takes all of a pre-training's fields, and more."""
 
-    corpus: Path = Path()
-    """Corpus folder, as written by jobs/ingest.py; or give --images."""
-    images: int | None = None
-    """Pictures of a corpus that is not there yet."""
-    on: str = ""
-    """GPU to plan for, by Ray's name, or `cpu`. Default: each that anything is known of."""
-    price: float = 0.0
-    """Price of an hour of one GPU or core, in any currency."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "images")
-        check_range(self, "price")
-
-
-def _planned(preset: Callable[[], PretrainConfig]) -> Callable[[], PlanConfig]:
     @functools.wraps(preset)
-    def plan() -> PlanConfig:
-        fields: dict[str, Any] = vars(preset()) | {"corpus": Path()}
-        return PlanConfig(**fields)
+    def wider() -> Wider:
+        return kind(**(vars(preset()) | own))
 
-    return plan
+    return wider
 
 
-PLAN = {name: _planned(preset) for name, preset in PRETRAIN.items()}
+PLAN = {name: _widened(preset, PlanConfig, corpus=Path()) for name, preset in PRETRAIN.items()}
 """The presets of pre-training, to be planned."""
-
-
-def sweep_over(preset: Callable[[], PretrainConfig]) -> Callable[[], SweepConfig]:
-    """Give the preset of a sweep over a pre-training's preset, whose trials it starts from."""
-
-    @functools.wraps(preset)
-    def over() -> SweepConfig:
-        start = preset()
-        shared: dict[str, Any] = {
-            field.name: getattr(start, field.name) for field in dataclasses.fields(start)
-        }
+SWEEP = {
+    name: _widened(
+        preset,
+        SweepConfig,
         # A trial of one worker trains in its own process, which starts in a tenth of the time.
-        workers = start.workers if start.workers > 1 else 0
-        own = {"workers": workers, "experiment": "albef-sweep", "register": ""}
-        return SweepConfig(**(shared | own))
-
-    return over
-
-
-SWEEP = {name: sweep_over(preset) for name, preset in PRETRAIN.items()}
+        workers=preset().workers if preset().workers > 1 else 0,
+        experiment="albef-sweep",
+        register="",
+    )
+    for name, preset in PRETRAIN.items()
+}
+"""The same, to be varied by a sweep."""
 
 INIT = "MODEL"
 """Stands for a model that the command names."""

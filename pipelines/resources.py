@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 import ray
+import torch
 from ray.train import ScalingConfig
 from ray.util.accelerators import accelerators
 
@@ -47,6 +48,21 @@ def use_gpu(config: TrainConfig) -> bool:
     if not on_gpu and config.device == "auto" and may_grow():
         logger.warning("No GPU is up, so this trains on CPUs. --device cuda waits for GPUs.")
     return on_gpu
+
+
+def use_own_gpu(config: TrainConfig) -> bool:
+    """Tell whether a process that trains alone does so on a GPU that it sees itself.
+
+    Raises:
+        InputError: it is to, and sees none; or the cluster has no CPUs left for decoding.
+    """
+    sees_one = torch.cuda.is_available()
+    if config.device == "cuda" and not sees_one:
+        raise InputError(
+            "--device cuda with --workers 0: this process sees no GPU, whatever the cluster has."
+            " Take --workers 1."
+        )
+    return use_gpu(config) and sees_one
 
 
 def scaling_config(config: TrainConfig, *, on_gpu: bool) -> ScalingConfig:

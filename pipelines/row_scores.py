@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from albef_core.paired import hit_shares
-from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.model_card import model_digest
 from pipelines.retrieval_findings import Scores
 from pipelines.tracking import RunHandle, Tracker, fetch_artifact

@@ -36,7 +36,7 @@ from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_report import log_report
 from pipelines.sweep_result import Confirmed, SweepResult, TrialResult, format_point, ranked
 from pipelines.sweep_space import Axis, Point, axes_of, flags_of, points_of, value_of, with_point
-from pipelines.sweep_trial import METRIC, RECORD_FILE, RUNG, TrialPlan, run_trial
+from pipelines.sweep_trial import CURVE, METRIC, RECORD_FILE, RUNG, TrialPlan, run_trial
 from pipelines.tracking import RunHandle, Tracker, flatten, open_run, settle_run
 from pipelines.train import collect_held_out, with_absolute_names
 from pipelines.validation import ROWS_FILE
@@ -168,6 +168,7 @@ class Stage:
 
     def repeat(self, points: list[Point], default: Point, *, on_gpu: bool) -> list[TrialResult]:
         """Train points to their end."""
+        # Every point is given: the space only names what they have.
         space = {name: tune.choice([None]) for name in points[0]}
         search = BasicVariantGenerator(points_to_evaluate=points, max_concurrent=self._at_once)
         return self._run(space, search, FIFOScheduler(), len(points), default, on_gpu=on_gpu)
@@ -323,16 +324,12 @@ def _result_of(plan: TrialPlan, trial: Trial, default: Point) -> TrialResult:
         status, reason = ("finished" if body.get("is_done") else "stopped"), ""
     handle = RunHandle.of(run_dir) if run_dir.is_dir() else None
     if handle is not None:
-        points = {f"val/{METRIC}": measured}
-        batch = with_point(plan.config, point).batch_size
+        batch_size = with_point(plan.config, point).batch_size
         settle_run(
             handle,
             status="FINISHED" if status in ("finished", "stopped") else "FAILED",
             tags={"sweep.status": status, "sweep.reason": reason},
-            curves={
-                name: {-(-pairs // batch): value for pairs, value in values}
-                for name, values in points.items()
-            },
+            curves={CURVE: {pairs // batch_size: value for pairs, value in measured}},
         )
     shared = {name: value for name, value in point.items() if name != SEED or SEED in default}
     return TrialResult(

@@ -43,6 +43,11 @@ class SweepConfig(PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.val_at or self.keep_best or self.register:
+            raise InputError(
+                "--val-at, --keep-best and --register are not a sweep's: trials are measured at"
+                " --milestones and at their end, and none is registered. Leave them out."
+            )
         check_counts(self, "trials", "at_once", "bootstrap")
         check_counts(self, "reduction", least=2)
         check_counts(self, "confirm_seeds", least=0)

@@ -13,7 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from itertools import islice
@@ -144,6 +145,18 @@ def run_of_model(
     if run is not None:
         return run, False
     return open_run(experiment, None, run_name=run_name, params=params, tags=tags), True
+
+
+@contextmanager
+def findings(run: RunHandle, *, is_new: bool) -> Iterator["Tracker"]:
+    """Write what is found out about a model into a run, and end one that was opened for it."""
+    tracker = Tracker(run, skip_logged=False)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish("FAILED") if is_new else tracker.close()
+        raise
+    tracker.finish() if is_new else tracker.close()
 
 
 def settle_run(

@@ -33,7 +33,7 @@ from pipelines.order import steps_per_epoch
 from pipelines.pretraining_task import PretrainingTask
 from pipelines.progress import OnMeasured, open_board, run_with_progress
 from pipelines.resizing import SaveBeforeResizing
-from pipelines.resources import scaling_config, use_gpu
+from pipelines.resources import scaling_config, use_gpu, use_own_gpu
 from pipelines.resume import (
     CONFIG_FILE,
     CORPUS_FILE,
@@ -149,7 +149,7 @@ def train(
     """
     epoch_steps = steps_per_epoch(course.num_items, config.batch_size)
     connect()
-    on_gpu = use_gpu(config)
+    on_gpu = use_gpu(config) if config.workers else use_own_gpu(config)
     config = name_run(config)
     run_dir, store = config.storage / config.name, open_store(config)
     check_same(config, run_dir, course.corpus_id)
@@ -219,7 +219,7 @@ def train(
 
 
 def _fit(job: TrainJob, *, on_measured: OnMeasured) -> None:
-    """Train until the last step is done, or until all have stopped: by Ray Train's workers."""
+    """Train until the last step is done, or until all have stopped: by workers, or alone."""
     # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
     settings = {"job": cloudpickle.dumps(job)}  # pyright: ignore[reportPrivateImportUsage]  # Ray documents it
     work = partial(train_loop, settings) if not job.config.workers else _trainer(job, settings).fit

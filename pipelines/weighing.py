@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from albef_core.errors import InputError
 from pipelines.cluster import connect
-from pipelines.config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.evaluate import evaluate_retrieval
 from pipelines.evaluate_grounding import evaluate_grounding
 from pipelines.evaluate_task import evaluate_task
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.gate import Reason, Scores, judge_limits, judge_scores
 from pipelines.leaks import LeakReport, find_leaks
 from pipelines.manifest import read_manifest

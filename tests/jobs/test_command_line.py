@@ -13,13 +13,13 @@ from albef_core.errors import InputError
 from pipelines.config import (
     AuditConfig,
     EmbedConfig,
-    EvaluateConfig,
     IngestConfig,
     PretrainConfig,
+    QuickstartConfig,
 )
 from pipelines.config_file import write_config
+from pipelines.evaluation_config import EvaluateConfig
 from pipelines.presets import PRETRAIN, base, tiny
-from pipelines.quickstart_config import QuickstartConfig
 from pipelines.registry_config import DiffConfig
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -16,15 +16,15 @@ from pipelines.config import (
     AuditConfig,
     AugmentConfig,
     EmbedConfig,
-    EvaluateConfig,
-    EvaluateGroundingConfig,
     ExplainConfig,
     IngestConfig,
+    PlanConfig,
     PretrainConfig,
+    QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
-from pipelines.presets import PRETRAIN, PlanConfig, tiny
-from pipelines.quickstart_config import QuickstartConfig
+from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig
+from pipelines.presets import PRETRAIN, tiny
 from pipelines.registry_config import (
     Check,
     DiffConfig,

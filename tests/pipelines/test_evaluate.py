@@ -17,9 +17,9 @@ from albef_core.metrics import retrieval_metrics
 from albef_core.preprocess import decode_image, resize_square
 from albef_core.tasks.retrieval import EncodedImages, encode_texts, itc_similarity, rerank
 from albef_core.weights import load_model, read_folder_config
-from pipelines.config import EvaluateConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval, protocol_of, resolution_of
+from pipelines.evaluation_config import EvaluateConfig
 from pipelines.manifest import read_columns, read_manifest
 from pipelines.report import summary_table
 from pipelines.row_scores import read_rows, subject_of

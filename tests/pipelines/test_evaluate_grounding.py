@@ -18,7 +18,6 @@ from albef_core.model import ALBEF
 from albef_core.preprocess import decode_image, resize_square
 from albef_core.tokenizer import Tokenizer
 from albef_core.weights import load_model, save_model
-from pipelines.config import EvaluateGroundingConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate_grounding import (
     CHOICE,
@@ -29,6 +28,7 @@ from pipelines.evaluate_grounding import (
     evaluate_grounding,
     score,
 )
+from pipelines.evaluation_config import EvaluateGroundingConfig
 from pipelines.explain_report import grounding_table, sweep_table
 from pipelines.expressions import Expression
 from pipelines.grounder import Block, heat_maps, score_maps

@@ -12,8 +12,8 @@ from albef_core.config import ModelConfig, Recipe, TextConfig
 from albef_core.errors import InputError
 from albef_core.tasks.folder import LoadedTask
 from albef_core.tokenizer import Tokenizer
-from pipelines.config import EvaluateTaskConfig
 from pipelines.evaluate_task import _score, _slices_of, closed_answers
+from pipelines.evaluation_config import EvaluateTaskConfig
 from pipelines.examples import SCHEMA
 from pipelines.task_report import Case, cases_figure
 

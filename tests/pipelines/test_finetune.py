@@ -23,8 +23,9 @@ from albef_core.tokenizer import Tokenizer
 from albef_core.weights import is_fine_tuned, load_model, save_model
 from pipelines.answer_file import write_answers
 from pipelines.assignment_task import AssignmentTask
-from pipelines.config import EvaluateTaskConfig, FinetuneConfig
+from pipelines.config import FinetuneConfig
 from pipelines.evaluate_task import evaluate_task
+from pipelines.evaluation_config import EvaluateTaskConfig
 from pipelines.example_task import ExampleTask, weigh_answers
 from pipelines.examples import collect_examples
 from pipelines.finetune import ON_PAIRS, finetune, prepare_task

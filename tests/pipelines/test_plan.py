@@ -16,9 +16,10 @@ from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
 from albef_core.pretraining import pretraining_step
 from albef_core.teacher import Teacher
+from pipelines.config import PlanConfig
 from pipelines.manifest import read_manifest
 from pipelines.plan import PEAK_TFLOPS, TABLE, gflop_per_pair, make_plan, throughputs
-from pipelines.presets import PLAN, PRETRAIN, PlanConfig, tiny
+from pipelines.presets import PLAN, PRETRAIN, tiny
 from tests.conftest import SmallCorpus
 
 NUM_PAIRS, NUM_TOKENS = 8, 20

@@ -17,8 +17,8 @@ from albef_core.errors import InputError
 from pipelines import promote as module
 from pipelines import weighing
 from pipelines.acts import Config, carry_out
-from pipelines.config import EvaluateConfig
 from pipelines.config_file import write_config
+from pipelines.evaluation_config import EvaluateConfig
 from pipelines.history import Act, History
 from pipelines.manifest import Manifest
 from pipelines.model_store import log_model, verify

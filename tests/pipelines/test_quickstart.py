@@ -10,11 +10,11 @@ from mlflow import MlflowClient
 
 from albef_core.errors import InputError
 from albef_core.weights import load_model
+from pipelines.config import QuickstartConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import OnProgress
 from pipelines.model_store import StoredModel, verify
 from pipelines.quickstart import promote_quickstart, quickstart
-from pipelines.quickstart_config import QuickstartConfig
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ from albef_core.errors import InputError
 from pipelines import resources
 from pipelines.config import PretrainConfig
 from pipelines.presets import paper_4m
-from pipelines.resources import feed_cpus_of_worker, scaling_config, shortage, use_gpu
+from pipelines.resources import (
+    feed_cpus_of_worker,
+    scaling_config,
+    shortage,
+    use_gpu,
+    use_own_gpu,
+)
 
 HEAD = {"CPU": 0.0}
 P4D = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
@@ -111,6 +117,11 @@ def test_flags_that_no_cluster_meets_are_refused(changes: dict[str, Any], senten
         use_gpu(asking(**changes))
 
 
+def test_a_process_alone_is_refused_a_gpu_that_it_does_not_see() -> None:
+    with pytest.raises(InputError, match="Take --workers 1"):
+        use_own_gpu(asking(workers=0, worker_cpus=0.5))
+
+
 @pytest.mark.cluster
 def test_a_fixed_cluster_refuses_and_a_growing_one_is_waited_for(
     local_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -125,5 +136,6 @@ def test_a_fixed_cluster_refuses_and_a_growing_one_is_waited_for(
         assert use_gpu(paper_4m())
         assert use_gpu(asking(device="auto", accelerator_type="A100"))
         assert not use_gpu(asking(device="auto", workers=1, worker_cpus=0.5))
+        assert not use_own_gpu(asking(device="auto", workers=0, worker_cpus=0.5))
     assert "The autoscaler is asked for nodes" in caplog.text
     assert "so this trains on CPUs" in caplog.text

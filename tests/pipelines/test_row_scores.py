@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.config import EvaluateConfig, EvaluateTaskConfig
+from pipelines.evaluation_config import EvaluateConfig, EvaluateTaskConfig
 from pipelines.row_scores import example_rows, retrieval_rows, subject_of
 
 

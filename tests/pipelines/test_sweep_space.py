@@ -32,6 +32,14 @@ def test_alpha_and_the_rate_are_searched_where_no_axis_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    "changes", [{"val_at": (640,)}, {"keep_best": "val/mean_recall"}, {"register": "albef"}]
+)
+def test_what_trials_would_not_heed_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="--milestones and at their end"):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
     ("text", "start", "middle", "end"),
     [
         ("objective.alpha=0:1", 0.0, 0.5, 1.0),

@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from albef_core.config import ObjectiveConfig
 from albef_core.errors import InputError
 from albef_core.weights import load_model
-from pipelines.config import EvaluateConfig, PretrainConfig
+from pipelines.config import PretrainConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval
+from pipelines.evaluation_config import EvaluateConfig
 from pipelines.presets import tiny
 from pipelines.train import TrainResult, pretrain
 from tests.conftest import SmallCorpus
