@@ -9,17 +9,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ray.util.state import list_nodes
 
 from benchmarks.training_process import descendants, kill_all
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
         MLFLOW_TRACKING_URI=uri,
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3",
         RAY_health_check_period_ms="1000",
+        RAY_JOB_STOP_WAIT_TIME_S="120",
     )
     nodes: list[psutil.Popen] = []
     try:
@@ -64,7 +66,9 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
             # again would take it away from under a job of another.
             flags = f"--address=127.0.0.1:{port}", f"--temp-dir={scratch}/{number}"
             nodes += [start_node(log, "--num-cpus=4", *flags)]
-        yield Cluster(f"http://127.0.0.1:{dashboard}", scratch, uri, (nodes[0], nodes[1]))
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_for_nodes(address, (head, *nodes), log)
+        yield Cluster(address, scratch, uri, (nodes[0], nodes[1]))
     finally:
         for process in (*nodes, head, mlflow):
             kill(process)
@@ -123,6 +127,16 @@ def wait_for_port(port: int, process: psutil.Popen, log: Path) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def wait_for_nodes(address: str, processes: Sequence[psutil.Popen], log: Path) -> None:
+    """Wait until all have joined: a node gives up by itself where the machine is too busy."""
+    for _ in range(START_TIMEOUT_S * 2):
+        assert all(process.poll() is None for process in processes), log.read_text()
+        if len(list_nodes(address, filters=[("state", "=", "ALIVE")])) == len(processes):
+            return
+        time.sleep(0.5)
     raise AssertionError(log.read_text())
 
 
