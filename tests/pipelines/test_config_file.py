@@ -17,13 +17,13 @@ from pipelines.config import (
     AugmentConfig,
     EmbedConfig,
     ExplainConfig,
-    IngestConfig,
     PlanConfig,
     PretrainConfig,
     QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig
+from pipelines.ingest_config import IngestConfig
 from pipelines.presets import PRETRAIN, tiny
 from pipelines.registry_config import (
     Check,
