@@ -13,11 +13,13 @@ def main() -> None:
     from bars import progress_bars
     from rich.console import Console
 
-    from pipelines.crawl_ingest import ingest_crawl, is_crawl
-    from pipelines.ingest import ingest
+    from pipelines.crawl_store import is_crawl
     from pipelines.ingest_report import ingest_table
 
-    build = ingest_crawl if is_crawl(config.source) else ingest
+    if is_crawl(config.source):
+        from pipelines.crawl_ingest import ingest_crawl as build
+    else:
+        from pipelines.ingest import ingest as build
     with progress_bars() as show:
         report = build(config, on_progress=partial(show, "pictures"))
     Console().print(ingest_table(report))

@@ -15,7 +15,7 @@ from pipelines.config_file import write_config
 from pipelines.crawl_cleaning import Cleaned, clean
 from pipelines.crawl_rows import CrawlRows, count_words, read_rows
 from pipelines.crawl_shards import commit_planned, write_plan
-from pipelines.crawl_store import CRAWL_NAME, Crawl, read_crawl
+from pipelines.crawl_store import Crawl, read_crawl
 from pipelines.ingest import (
     Summary,
     make_manifest,
@@ -33,11 +33,6 @@ from pipelines.tracking import RunHandle, Tracker, metric_name, open_run
 REMOVED_NAME = "removed.parquet"
 
 log = logging.getLogger(__name__)
-
-
-def is_crawl(source: str) -> bool:
-    """Say whether `--source` is a crawl's folder."""
-    return (Path(source) / CRAWL_NAME).is_file()
 
 
 def ingest_crawl(config: IngestConfig, *, on_progress: Callable[[int, int], None]) -> IngestReport:

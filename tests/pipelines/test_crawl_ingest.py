@@ -7,7 +7,8 @@ import pytest
 from mlflow import MlflowClient
 
 from albef_core.errors import InputError
-from pipelines.crawl_ingest import ingest_crawl, is_crawl
+from pipelines.crawl_ingest import ingest_crawl
+from pipelines.crawl_store import is_crawl
 from pipelines.ingest_config import CleaningConfig, IngestConfig
 from pipelines.ingest_report import IngestReport
 from pipelines.manifest import Manifest, read_manifest, read_rows
