@@ -31,6 +31,7 @@ from pipelines.sources import refuse_flags
 from pipelines.tracking import RunHandle, Tracker, metric_name, open_run
 
 REMOVED_NAME = "removed.parquet"
+NOT_FOR_CRAWLS = ("images", "annotations", "split", "num_images", "wrong_captions", "extra_words")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def ingest_crawl(config: IngestConfig, *, on_progress: Callable[[int, int], None
     """
     start = time.monotonic()
     refuse_finished(config.out)
-    refuse_flags(config, "a crawl", "images", "annotations", "split", "num_images")
+    refuse_flags(config, "a crawl", *NOT_FOR_CRAWLS)
     crawl = read_crawl(Path(config.source).absolute())
     excluded = [read_manifest(folder) for folder in config.cleaning.exclude_corpus]
     remove_shards(config.out, "shard-*.parquet*")  # of an interrupted ingest

@@ -128,7 +128,7 @@ def _in_nfc(captions: pa.ChunkedArray) -> tuple[pa.ChunkedArray, NDArray[np.uint
 
 
 def _read_ledger(crawl: Crawl, partition: int) -> pa.Table:
-    if crawl.journal(partition).is_dir() and any(crawl.journal(partition).iterdir()):
+    if any(crawl.journal(partition).glob("*.parquet")):
         raise InputError(
             f"{crawl.folder}: is being crawled, or its crawl was killed: {crawl.journal(partition)}"
             " holds rows that are not in the ledger yet. Let it end, or start"

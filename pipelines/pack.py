@@ -48,7 +48,7 @@ def pack(config: PackConfig, *, on_progress: Callable[[int, int], None]) -> Pack
         InputError: `corpus` is none, or `out` has tars of another.
     """
     start = time.monotonic()
-    manifest = read_manifest(config.corpus)
+    manifest = read_manifest(config.corpus.absolute())  # workers run in other folders
     _claim(config.out, manifest)
     names = {shard.name: f"{number:05d}.tar" for number, shard in enumerate(manifest.shards)}
     missing = [name for name, tar in names.items() if not (config.out / tar).exists()]

@@ -14,7 +14,8 @@ from pipelines.tars import list_tars
 ACCEPTED = (
     "Accepted are `shapes`, JSON or JSON Lines of captions or annotations (ALBEF's lists,"
     " Karpathy's splits, SNLI-VE, VQA v2, NLVR2, COCO), WebDataset tars (KEY.jpg with KEY.txt or"
-    " KEY.json), a tar of pictures with one list beside it, a folder or a pattern of such files."
+    " KEY.json), a tar of pictures with one list beside it, a folder or a pattern of such files,"
+    " the folder of a crawl."
 )
 LIST_SUFFIXES = {".json", ".jsonl"}
 
