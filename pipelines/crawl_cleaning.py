@@ -71,6 +71,7 @@ def clean(
     pairs = _sift_near_duplicates(sieve, config) if config.near_radius >= 0 else []
     for corpus in excluded:
         _sift_leaks(sieve, config, corpus)
+    sieve.drop_captions("said of pictures left out", ~sieve.is_kept[sieve.picture_of])
     return Cleaned(
         pictures=np.flatnonzero(sieve.is_kept),
         captions=sieve.kept_captions(),
@@ -141,7 +142,7 @@ class Sieve:
 
     def kept_captions(self) -> pa.LargeListArray:
         """List the captions of each picture that stays, in list order."""
-        said = np.flatnonzero(self.is_said & self.is_kept[self.picture_of])
+        said = np.flatnonzero(self.is_said)
         said = said[np.argsort(self.picture_of[said], kind="stable")]
         counts = np.bincount(self.picture_of[said], minlength=len(self.is_kept))[self.is_kept]
         ends = np.concatenate([[0], np.cumsum(counts)])

@@ -69,9 +69,11 @@ def ingest_table(report: IngestReport) -> Table:
     """Lay out an ingest for the terminal."""
     table = Table("corpus", Column(str(report.folder), overflow="fold"), title="Ingest")
     if report.cleaning:
+        table.add_row("listed", f"{report.cleaning.funnel[0].num_left:,} rows")
         for row in report.cleaning.funnel:
-            lost = f"{row.num_removed:,} {row.what} left out, {row.num_left:,} left"
-            table.add_row(row.name, lost if row.num_removed else f"{row.num_left:,} {row.what}")
+            if row.num_removed:
+                lost = f"{row.num_removed:,} of {row.num_removed + row.num_left:,} {row.what}"
+                table.add_row(f"left out: {row.name}", lost)
     table.add_row("images", f"{report.num_images:,}")
     table.add_row("captions", f"{report.num_captions:,}")
     for what, count in report.annotations.items():

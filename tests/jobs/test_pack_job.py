@@ -24,6 +24,6 @@ def test_a_crawl_goes_to_a_corpus_to_tars_and_back(local_ray, tmp_path, monkeypa
     packed = job(pack_job.main, "pack.py --corpus corpus --out tars")
     job(ingest_job.main, "ingest.py --source tars/*.tar --out again")
 
-    assert "state `failed` │ 1 rows left out, 5 left" in built
+    assert "left out: state `failed` │ 1 of 6 rows" in built
     assert "python jobs/ingest.py --source 'tars/*.tar'" in packed
     assert read_manifest(tmp_path / "again").content_id == read_manifest("corpus").content_id

@@ -91,7 +91,13 @@ def test_every_row_that_is_not_in_the_corpus_is_accounted_for(messy):
         "no caption left": 3,
         "exact duplicate": 1,
         "near duplicate": 1,
+        "said of pictures left out": 3,
     }
+    assert report.cleaning
+    assert [(row.what, row.num_left) for row in report.cleaning.funnel[-2:]] == [
+        ("pictures", 152),
+        ("captions", 154),
+    ]
     assert (report.num_images, report.num_captions) == (152, 154)
     assert report.sources == {"cats": 151, "dogs": 1}
 
