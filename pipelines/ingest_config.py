@@ -6,8 +6,8 @@ from pathlib import Path
 from albef_core.config import check_counts, check_range
 from albef_core.errors import InputError
 
-MAX_RADIUS = 12
-"""Bits; measured in docs/cleaning.md."""
+MAX_RADIUS = {"near_radius": 6, "leak_radius": 12}
+"""Bits; docs/cleaning.md says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class CleaningConfig:
     def __post_init__(self) -> None:
         check_counts(self, "min_side", "min_words", "max_words", "max_repeats", least=0)
         check_counts(self, "near_radius", "leak_radius", least=-1)
-        for name in ("near_radius", "leak_radius"):
-            if getattr(self, name) > MAX_RADIUS:
+        for name, most in MAX_RADIUS.items():
+            if getattr(self, name) > most:
                 raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: unrelated pictures are that"
-                    f" close as well. Pass at most {MAX_RADIUS}."
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: too many unrelated pictures"
+                    f" are that close. Pass at most {most}."
                 )
         check_range(self, "max_aspect", low=0.0, high=1e6)
         check_range(self, "min_likeness", low=-1.0, high=1.0)

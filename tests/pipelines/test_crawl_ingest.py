@@ -317,6 +317,19 @@ def test_flags_that_mean_nothing_here_are_refused(tmp_path):
         list_records(cleaned)
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"near_radius": 7}, "--near-radius 7: too many unrelated pictures are that close"),
+        ({"leak_radius": 13}, "--leak-radius 13: too many"),
+        ({"max_words": 2}, "--max-words 2: is less than --min-words 3"),
+    ],
+)
+def test_cleaning_that_would_take_what_it_should_not_is_refused(flags, sentence):
+    with pytest.raises(InputError, match=sentence):
+        CleaningConfig(**flags)
+
+
 def test_the_run_in_mlflow_is_named_by_the_manifest_and_holds_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     write_small_crawl(tmp_path / "crawl", [listed(1), listed(2, state="failed", failure="dns")])
