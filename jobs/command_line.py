@@ -30,13 +30,13 @@ from pipelines.config import (
     AuditConfig,
     EmbedConfig,
     FinetuneConfig,
-    IngestConfig,
     PlanConfig,
     PretrainConfig,
     QuickstartConfig,
     TrainConfig,
 )
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
+from pipelines.ingest_config import IngestConfig
 from pipelines.presets import UNSET
 from pipelines.sweep_config import SweepConfig
 

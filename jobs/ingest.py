@@ -1,8 +1,8 @@
-"""Build a corpus: `python jobs/ingest.py --source SRC --out DIR`, SRC being a path or `shapes`."""
+"""Build a corpus: `python jobs/ingest.py --source SRC --out DIR`; SRC: path, crawl, or `shapes`."""
 
 from command_line import parse, run_job
 
-from pipelines.config import IngestConfig
+from pipelines.ingest_config import IngestConfig
 
 
 def main() -> None:
@@ -12,25 +12,17 @@ def main() -> None:
 
     from bars import progress_bars
     from rich.console import Console
-    from rich.table import Column, Table
 
-    from pipelines.ingest import ingest
+    from pipelines.crawl_store import is_crawl
+    from pipelines.ingest_report import ingest_table
 
+    if is_crawl(config.source):
+        from pipelines.crawl_ingest import ingest_crawl as build
+    else:
+        from pipelines.ingest import ingest as build
     with progress_bars() as show:
-        report = ingest(config, on_progress=partial(show, "pictures"))
-    table = Table("corpus", Column(str(report.folder), overflow="fold"), title="Ingest")
-    table.add_row("images", f"{report.num_images:,}")
-    table.add_row("captions", f"{report.num_captions:,}")
-    for what, count in report.annotations.items():
-        table.add_row(what, f"{count:,}")
-    for kind, count in report.bad_counts.items():
-        table.add_row(f"bad: {kind}", f"{count:,}")
-    table.add_row("content id", report.content_id)
-    table.add_row("report", str(report.folder / "report" / "report.html"))
-    table.add_row("seconds", f"{report.seconds}")
-    if not report.num_uncaptioned:
-        table.add_row("next", f"python jobs/pretrain.py tiny --corpus {report.folder}")
-    Console().print(table)
+        report = build(config, on_progress=partial(show, "pictures"))
+    Console().print(ingest_table(report))
 
 
 if __name__ == "__main__":

@@ -21,45 +21,6 @@ TaskName = Literal["retrieval", "grounding", "entailment", "vqa", "nlvr2", "text
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngestConfig:
-    """Build a corpus: a folder of Parquet shards and a manifest."""
-
-    source: str
-    """`shapes` for the generated set; JSON or JSON Lines of captions or annotations (ALBEF's lists,
-    Karpathy's splits, SNLI-VE, VQA v2 questions, NLVR2, COCO); a tar of pictures with one such list
-    beside it; a WebDataset tar or a pattern for several (`data/*.tar`)."""
-    out: Path
-    """Folder of the new corpus; must not hold one already."""
-    images: Path | None = None
-    """Where a JSON list's pictures are: a folder or a tar. Default: beside the JSON, then
-    `images.tar`."""
-    annotations: tuple[Path, ...] = ()
-    """More that is said of the source's pictures: VQA v2 answers, COCO instances, boxes of RefCOCO+
-    {ref_id: [x, y, w, h]}, detector proposals {image_id: [[x, y, w, h], ...]}."""
-    split: str = "all"
-    """Split to keep, of those that the source names, as Karpathy's do: `train`, `val`, `test`..."""
-    num_images: int = 1000
-    """Pictures to generate (`shapes` only)."""
-    wrong_captions: float = 0.0
-    """Share of generated pictures whose caption belongs to another picture (`shapes` only)."""
-    extra_words: float = 0.0
-    """Share of generated captions with words of nothing that is seen (`shapes` only)."""
-    seed: int = 0
-    """Seed of the generated set and of the order in which rows are written."""
-    max_bad_share: float = 0.5
-    """Stop when more than this share of the input is unreadable."""
-    rows_per_shard: int = 4096
-    """Images in a shard."""
-    rows_per_group: int = 256
-    """Images in a Parquet row group."""
-
-    def __post_init__(self) -> None:
-        check_range(self, "wrong_captions", "extra_words", "max_bad_share", high=1.0)
-        check_counts(self, "num_images", "rows_per_shard", "rows_per_group")
-        check_counts(self, "seed", least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Random changes to a training picture (the published pre-training transform)."""
 

@@ -122,6 +122,11 @@ def write_crawl(crawl: Crawl) -> None:
     partial.replace(target)
 
 
+def is_crawl(source: str) -> bool:
+    """Say whether `--source` of ingest is a crawl's folder."""
+    return (Path(source) / CRAWL_NAME).is_file()
+
+
 def read_crawl(folder: Path) -> Crawl:
     """Read what a crawl is.
 

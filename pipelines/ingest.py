@@ -7,8 +7,9 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from albef_core.errors import InputError
 from albef_core.preprocess import UndecodableImage, decode_image
 from pipelines.annotations import Annotations, clip_boxes, count_annotations
 from pipelines.cluster import connect
-from pipelines.config import IngestConfig
 from pipelines.config_file import write_config
+from pipelines.ingest_config import IngestConfig
 from pipelines.ingest_report import IngestReport, write_report
 from pipelines.manifest import (
     MANIFEST_NAME,
@@ -98,23 +99,24 @@ def ingest(
         InputError: `out` or `source` will not do, or too much of the source is unusable.
     """
     start = time.monotonic()
-    _refuse_finished(config.out)
+    refuse_finished(config.out)
     listing = list_records(config)
-    _remove(config.out, "shard-*.parquet*")  # of an interrupted ingest
+    remove_shards(config.out, "shard-*.parquet*")  # of an interrupted ingest
     log.info("%s: %d pictures listed", config.source, len(listing.records))
     bad = list(listing.bad)
     _stop_if_mostly_bad(config, bad, listing)
     summaries = []
-    watch = on_progress or _logged_progress()
+    watch = on_progress or logged_progress()
     done = 0
-    for summary in _run(_units(config, listing), config):
+    commit = partial(commit_unit, folder=config.out.resolve(), rows_per_group=config.rows_per_group)
+    for summary in run_units(_units(config, listing), commit):
         summaries.append(summary)
         bad += summary.bad
         done += summary.num_records
         watch(done, len(listing.records))
         _stop_if_mostly_bad(config, bad, listing)
-    _remove(config.out, "shard-*.parquet.*.tmp")  # of tasks whose worker died
-    manifest = _manifest(config, summaries)
+    remove_shards(config.out, "shard-*.parquet.*.tmp")  # of tasks whose worker died
+    manifest = make_manifest(config, summaries)
     annotations = sum((summary.annotations for summary in summaries), Counter[str]())
     bad += _broken_pairs(manifest) if bad and annotations["pairs"] else []
     report = IngestReport(
@@ -151,7 +153,12 @@ def _broken_pairs(manifest: Manifest) -> list[Bad]:
     ]
 
 
-def _refuse_finished(out: Path) -> None:
+def refuse_finished(out: Path) -> None:
+    """Refuse to write over a corpus, or over a file.
+
+    Raises:
+        InputError: `out` is one of these.
+    """
     if (out / MANIFEST_NAME).exists():
         raise InputError(
             f"--out {out}: holds a corpus already, and a corpus never changes."
@@ -161,43 +168,51 @@ def _refuse_finished(out: Path) -> None:
         raise InputError(f"--out {out}: is a file. Choose a folder.")
 
 
-def _remove(out: Path, pattern: str) -> None:
+def remove_shards(out: Path, pattern: str) -> None:
+    """Remove the shards of that name."""
     for leftover in (out / SHARD_FOLDER).glob(pattern):
         leftover.unlink()
 
 
 def _units(config: IngestConfig, listing: Listing) -> list[Unit]:
     """Deal the records, shuffled, into units of about the same size and of whole row groups."""
-    records, group = listing.records, config.rows_per_group
+    records = listing.records
     order = np.random.Generator(np.random.Philox(key=config.seed % 2**64)).permutation(len(records))
-    num_units = -(-len(records) // config.rows_per_shard) or 1
-    size = -(-len(records) // (num_units * group)) * group or 1
-    size = min(size, config.rows_per_shard)
     return [
-        Unit(f"shard-{number:05d}.parquet", [records[i] for i in order[start : start + size]])
-        for number, start in enumerate(range(0, len(records), size))
+        Unit(shard_name(number), [records[i] for i in order[start:end]])
+        for number, (start, end) in enumerate(shard_bounds(len(records), config))
     ]
 
 
-def _run(units: Sequence[Unit], config: IngestConfig) -> Iterator[Summary]:
+def shard_name(number: int) -> str:
+    """Name the file of a shard."""
+    return f"shard-{number:05d}.parquet"
+
+
+def shard_bounds(num_rows: int, config: IngestConfig) -> list[tuple[int, int]]:
+    """Cut rows into shards of whole row groups whose sizes differ by one row group at most."""
+    size = min(config.rows_per_group, config.rows_per_shard)
+    num_groups = -(-num_rows // size)
+    num_shards = -(-num_groups // (config.rows_per_shard // size))
+    first = [number * num_groups // num_shards * size for number in range(num_shards)]
+    return list(pairwise([*first, num_rows]))
+
+
+def run_units(units: Sequence[Any], commit: Callable[[Any], Summary]) -> Iterator[Summary]:
     """Commit every unit in a Ray task of its own; Ray repeats a task whose worker dies."""
     if not units:
         return
     connect()
     rows = [{"unit": pickle.dumps(unit)} for unit in units]
-    commit = partial(_commit_batch, folder=config.out.resolve(), rows=config.rows_per_group)
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        commit, batch_size=None, batch_format="pyarrow"
+        partial(_commit_batch, commit=commit), batch_size=None, batch_format="pyarrow"
     )
     for row in done.iter_rows():
         yield pickle.loads(row["summary"])
 
 
-def _commit_batch(batch: pa.Table, *, folder: Path, rows: int) -> pa.Table:
-    summaries = [
-        commit_unit(pickle.loads(unit), folder=folder, rows_per_group=rows)
-        for unit in batch["unit"].to_pylist()
-    ]
+def _commit_batch(batch: pa.Table, *, commit: Callable[[Any], Summary]) -> pa.Table:
+    summaries = [commit(pickle.loads(unit)) for unit in batch["unit"].to_pylist()]
     return pa.table({"summary": [pickle.dumps(summary) for summary in summaries]})
 
 
@@ -283,7 +298,10 @@ def perceptual_hash(pixels: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
+def make_manifest(
+    config: IngestConfig, summaries: Sequence[Summary], **more_settings: str
+) -> Manifest:
+    """Describe the corpus that the committed shards are; they are read for its content id."""
     shards = sorted(
         (summary.shard for summary in summaries if summary.shard), key=lambda shard: shard.name
     )
@@ -293,6 +311,7 @@ def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
         for field in fields(config)
         if field.name != "out"
     }
+    settings |= more_settings
     manifest = Manifest(
         version=VERSION,
         content_id="",
@@ -311,6 +330,8 @@ def _manifest(config: IngestConfig, summaries: Sequence[Summary]) -> Manifest:
 
 
 def _setting(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _setting(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [_setting(one) for one in value]
     return str(value) if isinstance(value, Path) else value
@@ -341,7 +362,8 @@ def _where(config: IngestConfig, bad: list[Bad]) -> str:
     return f"Found: {counts}. {config.out / 'report' / 'report.md'} names them; mend the source."
 
 
-def _logged_progress() -> Callable[[int, int], None]:
+def logged_progress() -> Callable[[int, int], None]:
+    """Give a function that logs, every few seconds, how many pictures are done."""
     last = time.monotonic()
 
     def watch(done: int, total: int) -> None:

@@ -1,23 +1,26 @@
 """The report of an ingest: counts, what was bad by name, and a sheet of pictures with captions."""
 
-import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-import cv2
-import numpy as np
+from rich.table import Column, Table
 
-from albef_core.preprocess import decode_image
 from pipelines.annotations import show_annotations
+from pipelines.cleaning_report import (
+    CleaningReport,
+    cleaning_html,
+    cleaning_json,
+    cleaning_markdown,
+)
 from pipelines.manifest import Manifest, read_row_group
 from pipelines.records import Bad
+from pipelines.thumbnails import thumbnail
 
 REPORT_FOLDER = "report"
 SHEET_PICTURES = 24
-SHEET_PX = 180
 CAPTION_CHARS = 200
 # So many bad ones of each class are named in the pages; the JSON names all.
 NAMED = 20
@@ -49,6 +52,8 @@ class IngestReport:
     bad_counts: dict[str, int] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
     seconds: float = 0.0
+    cleaning: CleaningReport | None = None
+    """What became of a crawl's rows."""
 
 
 def write_report(report: IngestReport, manifest: Manifest | None) -> None:
@@ -60,11 +65,36 @@ def write_report(report: IngestReport, manifest: Manifest | None) -> None:
     (folder / "report.html").write_text(_as_html(report, manifest), encoding="utf-8")
 
 
+def ingest_table(report: IngestReport) -> Table:
+    """Lay out an ingest for the terminal."""
+    table = Table("corpus", Column(str(report.folder), overflow="fold"), title="Ingest")
+    if report.cleaning:
+        table.add_row("listed", f"{report.cleaning.funnel[0].num_left:,} rows")
+        for row in report.cleaning.funnel:
+            if row.num_removed:
+                lost = f"{row.num_removed:,} of {row.num_removed + row.num_left:,} {row.what}"
+                table.add_row(f"left out: {row.name}", lost)
+    table.add_row("images", f"{report.num_images:,}")
+    table.add_row("captions", f"{report.num_captions:,}")
+    for what, count in report.annotations.items():
+        table.add_row(what, f"{count:,}")
+    for kind, count in report.bad_counts.items():
+        table.add_row(f"bad: {kind}", f"{count:,}")
+    table.add_row("content id", report.content_id)
+    table.add_row("report", str(report.folder / REPORT_FOLDER / "report.html"))
+    table.add_row("seconds", f"{report.seconds}")
+    if not report.num_uncaptioned:
+        table.add_row("next", f"python jobs/pretrain.py tiny --corpus {report.folder}")
+    return table
+
+
 def _as_json(report: IngestReport) -> str:
     names: dict[str, list[dict[str, str]]] = {kind: [] for kind in report.bad_counts}
     for one in report.bad:
         names[one.kind].append({"name": one.name, "detail": one.detail})
     body = {**dict(_facts(report)), "sources": report.sources, "bad": report.bad_counts}
+    if report.cleaning:
+        body["cleaning"] = cleaning_json(report.cleaning)
     return json.dumps({**body, "bad_names": names}, indent=1)
 
 
@@ -85,7 +115,8 @@ def _as_markdown(report: IngestReport) -> str:
     lines = ["# Ingest report", "", "| what | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in _facts(report)]
     lines += [f"| images of {name} | {count} |" for name, count in report.sources.items()]
-    lines += ["", "## Left out or mended", ""]
+    lines += ["", *(cleaning_markdown(report.cleaning) if report.cleaning else [])]
+    lines += ["## Left out or mended", ""]
     if not report.bad:
         lines.append("Nothing.")
     for kind, count in report.bad_counts.items():
@@ -118,6 +149,7 @@ def _as_html(report: IngestReport, manifest: Manifest | None) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Ingest report</title>'
         f"<style>{STYLE}</style><h1>Ingest report</h1><table>{facts}</table>"
+        f"{cleaning_html(report.cleaning) if report.cleaning else ''}"
         f"<h2>Left out or mended</h2>{bad or '<p>Nothing.</p>'}"
         f'<h2>Pictures and what is said of them</h2><div class="sheet">{sheet}</div></html>\n'
     )
@@ -133,7 +165,7 @@ def _figures(manifest: Manifest) -> Iterator[str]:
             told = [*row["captions"], *show_annotations(json.loads(row["annotations"] or "{}"))]
             texts = "".join(f"<p>{escape(_shorten(text))}</p>" for text in told)
             yield (
-                f'<figure><img alt="" src="data:image/jpeg;base64,{_thumbnail(row["image"])}">'
+                f'<figure><img alt="" src="{thumbnail(row["image"])}">'
                 f"<figcaption><code>{escape(row['image_id'])}</code>{texts}</figcaption></figure>"
             )
         left -= min(left, table.num_rows)
@@ -143,12 +175,3 @@ def _figures(manifest: Manifest) -> Iterator[str]:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= CAPTION_CHARS else f"{text[:CAPTION_CHARS]} ..."
-
-
-def _thumbnail(encoded: bytes) -> str:
-    pixels = decode_image(encoded)
-    scale = SHEET_PX / max(pixels.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    _ok, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]))
-    return base64.b64encode(jpeg.tobytes()).decode("ascii")

@@ -13,11 +13,12 @@ from pathlib import Path
 from albef_core.errors import InputError
 from albef_core.metrics import Estimate
 from pipelines.cluster import connect
-from pipelines.config import IngestConfig, PretrainConfig, QuickstartConfig
+from pipelines.config import PretrainConfig, QuickstartConfig
 from pipelines.config_file import write_config
 from pipelines.evaluate import OnProgress, RetrievalResult, evaluate_retrieval
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.ingest import ingest
+from pipelines.ingest_config import IngestConfig
 from pipelines.model_store import StoredModel
 from pipelines.order import steps_per_epoch
 from pipelines.presets import tiny

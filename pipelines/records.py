@@ -12,6 +12,7 @@ SPLIT_NAME = re.compile(r"(train|val|valid|validation|dev|test)\d*")
 UNDECODABLE = "undecodable picture"
 MISSING = "missing picture"
 UNREADABLE = "unreadable file"
+DAMAGED = "picture is not the one in the ledger"
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 MALFORMED = "malformed record"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from albef_core.errors import InputError
 from pipelines.annotation_extras import read_extras
-from pipelines.config import IngestConfig
+from pipelines.ingest_config import CleaningConfig, IngestConfig
 from pipelines.json_lists import list_json
 from pipelines.records import Entry, Listing
 from pipelines.shapes import shapes_id, shapes_picture
@@ -14,7 +14,8 @@ from pipelines.tars import list_tars
 ACCEPTED = (
     "Accepted are `shapes`, JSON or JSON Lines of captions or annotations (ALBEF's lists,"
     " Karpathy's splits, SNLI-VE, VQA v2, NLVR2, COCO), WebDataset tars (KEY.jpg with KEY.txt or"
-    " KEY.json), a tar of pictures with one list beside it, a folder or a pattern of such files."
+    " KEY.json), a tar of pictures with one list beside it, a folder or a pattern of such files,"
+    " the folder of a crawl."
 )
 LIST_SUFFIXES = {".json", ".jsonl"}
 
@@ -56,8 +57,13 @@ def list_records(config: IngestConfig) -> Listing:
     Raises:
         InputError: the source is anything else, or nothing in it is of `--split`.
     """
+    if config.cleaning != CleaningConfig():
+        raise InputError(
+            f"--source {config.source}: cleaning is for crawls, and this is none. Leave out flags"
+            f" as {_changed(config.cleaning)}."
+        )
     if config.source == "shapes":
-        _refuse(config, "`shapes`", "images", "annotations", "split")
+        refuse_flags(config, "`shapes`", "images", "annotations", "split")
         shares = config.wrong_captions, config.extra_words
         numbers = range(config.num_images)
         return Listing([ShapesRecord(config.seed, number, *shares) for number in numbers])
@@ -67,10 +73,10 @@ def list_records(config: IngestConfig) -> Listing:
         return _list_json(config, files, config.images)
     if suffixes != {".tar"}:
         raise InputError(f"--source {config.source}: found {_enumerate(files)}. {ACCEPTED}")
-    _refuse(config, "a tar, which holds its own", "images")
+    refuse_flags(config, "a tar, which holds its own", "images")
     listing = list_tars(files)
     if listing.records or len(files) > 1:
-        _refuse(config, "WebDataset tars", "annotations")
+        refuse_flags(config, "WebDataset tars", "annotations")
         return _of_split(config, listing)
     lists = _lists_in(files[0].parent)
     if len(lists) != 1:
@@ -87,10 +93,25 @@ def _list_json(config: IngestConfig, files: list[Path], images: Path | None) -> 
     return list_json(files, images, extras=extras, split=config.split)
 
 
-def _refuse(config: IngestConfig, where: str, *names: str) -> None:
+def refuse_flags(config: IngestConfig, where: str, *names: str) -> None:
+    """Refuse flags that mean nothing for such a source.
+
+    Raises:
+        InputError: one of the fields `names` is not at its default.
+    """
     for field in fields(config):
         if field.name in names and getattr(config, field.name) != field.default:
             raise InputError(f"--{field.name} does not go with {where}. Leave it out.")
+
+
+def _changed(cleaning: CleaningConfig) -> str:
+    """Name the flags of cleaning that are not at their defaults."""
+    names = (
+        field.name
+        for field in fields(cleaning)
+        if getattr(cleaning, field.name) != getattr(CleaningConfig(), field.name)
+    )
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _of_split(config: IngestConfig, listing: Listing) -> Listing:

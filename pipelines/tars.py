@@ -45,6 +45,38 @@ class TarRecord:
         return Entry(self.image.read(), captions, url)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRecord:
+    """A picture of a tar of jobs/pack.py: its .json has all that a corpus knows of it."""
+
+    image_id: str
+    split: str | None
+    image: Span
+    text: Span
+
+    def load(self) -> Entry:
+        """Read the picture and what is said of it."""
+        told = json.loads(self.text.read())
+        captions = told["captions"] and caption_fields({"caption": told["captions"]})[0]
+        annotations = told.get("annotations")
+        said = None if annotations is None else json.dumps(annotations)
+        return Entry(self.image.read(), captions, told.get("url"), said)
+
+
+def _packed(image: Span, text: Span) -> PackedRecord | None:
+    """Read which picture of which corpus this is; None: the tar was not packed by us."""
+    try:
+        told = json.loads(text.read())
+    except (ValueError, BadRecordError):
+        return None
+    if not isinstance(told, dict) or "captions" not in told:
+        return None
+    image_id = told.get("image_id")
+    if not isinstance(image_id, str) or not image_id:
+        return None
+    return PackedRecord(image_id, told.get("split"), image, text)
+
+
 def tar_members(tar: Path) -> tuple[dict[str, Span], str]:
     """Find where the files in a tar lie, without reading them; the text says what is damaged."""
     members: dict[str, Span] = {}
@@ -65,7 +97,10 @@ def tar_members(tar: Path) -> tuple[dict[str, Span], str]:
 
 
 def list_tars(files: list[Path]) -> Listing:
-    """List WebDataset tars: members of one name up to the first dot are one record."""
+    """List WebDataset tars: members of one name up to the first dot are one record.
+
+    Pictures of jobs/pack.py keep the image ids that they had.
+    """
     listing = Listing()
     for file in files:
         source, split = source_and_split(file)
@@ -83,7 +118,10 @@ def list_tars(files: list[Path]) -> Listing:
             image_id = f"{source}:{file.stem}/{key}"
             image = next((parts[suffix] for suffix in parts if suffix in PICTURE_SUFFIXES), None)
             text = parts.get("txt") or parts.get("json")
-            if image and text:
+            packed = _packed(image, parts["json"]) if image and "json" in parts else None
+            if packed:
+                listing.records.append(packed)
+            elif image and text:
                 is_json = "txt" not in parts
                 listing.records.append(TarRecord(image_id, split, image, text, is_json))
             elif image:

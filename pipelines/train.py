@@ -107,6 +107,8 @@ def pretrain(
         prepare=lambda config, folder: prepare_start(config, manifest, folder),
         held_out=held_out,
     )
+    if ingested_by := manifest.settings.get("run_id"):
+        tags = {"corpus.run": str(ingested_by), **(tags or {})}
     return train(config, course, on_measured=on_measured, tags=tags)
 
 

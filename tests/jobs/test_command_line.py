@@ -13,12 +13,12 @@ from albef_core.errors import InputError
 from pipelines.config import (
     AuditConfig,
     EmbedConfig,
-    IngestConfig,
     PretrainConfig,
     QuickstartConfig,
 )
 from pipelines.config_file import write_config
 from pipelines.evaluation_config import EvaluateConfig
+from pipelines.ingest_config import IngestConfig
 from pipelines.presets import PRETRAIN, base, tiny
 from pipelines.registry_config import DiffConfig
 

@@ -17,13 +17,13 @@ from pipelines.config import (
     AugmentConfig,
     EmbedConfig,
     ExplainConfig,
-    IngestConfig,
     PlanConfig,
     PretrainConfig,
     QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig
+from pipelines.ingest_config import CleaningConfig, IngestConfig, PackConfig
 from pipelines.presets import PRETRAIN, tiny
 from pipelines.registry_config import (
     Check,
@@ -52,6 +52,9 @@ def test_every_preset_comes_back_from_its_file(
     [
         IngestConfig(source="shapes", out=Path("a/b"), images=Path("pictures.tar")),
         IngestConfig(source="a.json", out=Path("a"), annotations=(Path("b"), Path("c"))),
+        IngestConfig(
+            source="crawl", out=Path("a"), cleaning=CleaningConfig(exclude_corpus=(Path("v"),))
+        ),
         EvaluateConfig(model="models:/albef-pretrain/1", corpus=Path("c"), json=None),
         QuickstartConfig(out=Path("q"), steps=9),
         dataclasses.replace(tiny(), recipe=paper_2021(), steps=7, epochs=None),
@@ -59,6 +62,7 @@ def test_every_preset_comes_back_from_its_file(
     ids=[
         "ingest",
         "ingest with a second file",
+        "ingest of a crawl",
         "evaluate",
         "quickstart",
         "pretrain with the 2021 recipe",
@@ -209,6 +213,7 @@ def attributes_read() -> set[str]:
     "config_class",
     [
         IngestConfig,
+        PackConfig,
         PretrainConfig,
         PlanConfig,
         EvaluateConfig,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from albef_core.errors import InputError
-from pipelines.config import IngestConfig
 from pipelines.ingest import Unit, commit_unit, ingest
+from pipelines.ingest_config import IngestConfig
 from pipelines.records import count_bad
 from pipelines.sources import list_records
 from tests.pipelines.ingest_sources import (

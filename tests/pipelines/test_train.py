@@ -17,6 +17,7 @@ from pipelines.config import PretrainConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import evaluate_retrieval
 from pipelines.evaluation_config import EvaluateConfig
+from pipelines.manifest import read_manifest, write_manifest
 from pipelines.presets import tiny
 from pipelines.train import TrainResult, pretrain
 from tests.conftest import SmallCorpus
@@ -55,8 +56,11 @@ BROKEN = ("picture-005", "picture-040", "picture-100", "picture-150")
 
 @pytest.fixture(scope="module")
 def worn_corpus(make_corpus: Callable[..., SmallCorpus]) -> SmallCorpus:
-    """A corpus of 203 pictures, four of which do not decode."""
-    return make_corpus(203, broken=[int(name[-3:]) for name in BROKEN])
+    """A corpus of 203 pictures, four of which do not decode, that says which run made it."""
+    corpus = make_corpus(203, broken=[int(name[-3:]) for name in BROKEN])
+    manifest = read_manifest(corpus.folder)
+    write_manifest(dataclasses.replace(manifest, settings={"run_id": "the-run-of-ingest"}))
+    return corpus
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,7 @@ def test_a_training_leaves_one_run_with_curves_pictures_and_tags(
         assert [point.step for point in history] == [2, 4, 6, 8, 10, 12, 14], name
     pairs = client.get_metric_history(run.info.run_id, "pairs_seen")
     assert pairs[-1].value == STEPS * BATCH
+    assert run.data.tags["corpus.run"] == "the-run-of-ingest"
     for tag in ("corpus.id", "recipe", "git.commit", "weights.image", "weights.text"):
         assert run.data.tags[tag], tag
     assert run.data.tags["world_size"] == "2"
