@@ -111,6 +111,8 @@ def clean_environment() -> dict[str, str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_worker_niceness": "0",
+        # Two nodes of one machine would end and start their task processes all the time.
+        "RAY_kill_idle_workers_interval_ms": "0",
         "OMP_NUM_THREADS": "1",
     }
 
