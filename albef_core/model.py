@@ -1,5 +1,7 @@
 """ALBEF: three encoders, two projections, two heads, one temperature."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from albef_core.config import ModelConfig
 from albef_core.image_encoder import ImageEncoder
 from albef_core.initialization import PUBLISHED_WIDTH, initialize_text
-from albef_core.text_encoder import MlmHead, MultimodalEncoder, TextEncoder
+from albef_core.text_encoder import MlmHead, MultimodalEncoder, Projected, TextEncoder
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
@@ -56,11 +58,15 @@ class Encoders(nn.Module):
         self,
         text_tokens: Float[Tensor, "B L W"],
         attention_mask: Bool[Tensor, "B L"],
-        image_tokens: Float[Tensor, "B K I"],
+        images: Float[Tensor, "B K I"] | Sequence[Projected],
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
-        """Let each caption look at the image in its row."""
-        return self.multimodal_encoder(text_tokens, attention_mask, image_tokens, keys)
+        """Let each caption look at the image in its row: at tokens, or at what `project` made."""
+        return self.multimodal_encoder(text_tokens, attention_mask, images, keys)
+
+    def project(self, image_tokens: Float[Tensor, "B K I"]) -> list[Projected]:
+        """Make the keys and values of every fusion layer, for images that several captions meet."""
+        return self.multimodal_encoder.project(image_tokens)
 
 
 class ALBEF(Encoders):

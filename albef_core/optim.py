@@ -27,7 +27,10 @@ def adamw(model: nn.Module, config: OptimConfig, *, decay_weights_only: bool) ->
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": config.weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8)
+    # Fused: the fastest of three on CPU and GPU, and without temporaries of a weight's size.
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

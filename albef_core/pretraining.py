@@ -15,6 +15,7 @@ from albef_core.config import Recipe
 from albef_core.distributed import (
     fetch_rows,
     gather_rows,
+    is_distributed,
     mean_over_workers,
     own_share,
     world_size,
@@ -36,6 +37,7 @@ from albef_core.objectives.mlm import mlm_loss
 from albef_core.outcome import Itc, Itm, Mlm, PretrainingStep, RetrievalStep
 from albef_core.precision import full_precision
 from albef_core.teacher import Teacher
+from albef_core.text_encoder import Projected
 
 Sampler = Callable[[Float[Tensor, "B C"], Float[Tensor, " B"]], Int[Tensor, " B"]]
 """Draws one hard negative a row from its weights with a number of [0, 1); called for the images
@@ -109,6 +111,7 @@ class Place:
         assert len(self.own) == len(batch), "every worker holds its share of the global batch"
         self.rows = torch.arange(self.own.start, self.own.stop, device=batch.images.device)
         self.seed, self.micro_batch_size = seed, micro_batch_size
+        self.is_whole = micro_batch_size is None or micro_batch_size >= len(batch)
 
     def keys(self, stream: Stream) -> Int[Tensor, " B"]:
         """Key the random numbers of each row."""
@@ -130,6 +133,9 @@ class Views:
     teacher_image_tokens: Float[Tensor, "B K I"]
     teacher_image_features: Float[Tensor, "B D"]
     teacher_text_features: Float[Tensor, "B D"]
+    looked_at: list[Projected] | None
+    """Keys and values of the images in every fusion layer, which ITM and MLM share. None where
+    micro-batches are to hold little, and make their own."""
 
 
 def encode(student: ALBEF, teacher: Teacher, batch: RetrievalBatch, place: Place) -> Views:
@@ -154,6 +160,7 @@ def encode(student: ALBEF, teacher: Teacher, batch: RetrievalBatch, place: Place
         teacher_image_tokens=teacher_image_tokens,
         teacher_image_features=teacher_image_features,
         teacher_text_features=teacher_text_features,
+        looked_at=student.project(image_tokens) if place.is_whole else None,
     )
 
 
@@ -236,16 +243,23 @@ def match(
         exist=~same_image.all(dim=1),
     )
 
-    logits = place.chunks(
-        partial(match_pairs, student),
-        views.image_tokens,
+    texts = (
         views.text_tokens,
         batch.attention_mask,
-        fetch(views.image_tokens, drawn_images),
         fetch(views.text_tokens, drawn_texts),
         fetch(batch.attention_mask.to(views.text_tokens.dtype), drawn_texts).bool(),
         *(place.keys(s) for s in (Stream.MATCHED, Stream.WRONG_IMAGE, Stream.WRONG_TEXT)),
     )
+    if views.looked_at is None:
+        wrong_images = fetch(views.image_tokens, drawn_images)
+        pairs = views.image_tokens, wrong_images, *texts
+        logits = place.chunks(partial(match_pairs, student), *pairs)
+    elif is_global and is_distributed():  # tokens travel: keys and values are 12 times as much
+        wrong_images = fetch(views.image_tokens, drawn_images)
+        logits = match_pairs(student, views.looked_at, wrong_images, *texts)
+    else:
+        wrong = [images.rows(drawn_images) for images in views.looked_at]
+        logits = match_pairs(student, views.looked_at, wrong, *texts)
     logits = full_precision(torch.cat(logits))
     labels = itm_labels(len(batch), logits.device)
     counts = torch.cat([torch.ones_like(negatives.exist), negatives.exist, negatives.exist])
@@ -276,17 +290,19 @@ def fill_in(
         model: Encoders,
         masked_ids: Int[Tensor, "M L"],
         attention_mask: Bool[Tensor, "M L"],
-        image_tokens: Float[Tensor, "M K I"],
+        images: Float[Tensor, "M K I"] | list[Projected],
         keys: Int[Tensor, " M"],
     ) -> Float[Tensor, "M L W"]:
         tokens, _ = model.encode_text(masked_ids, attention_mask, keys)
-        return model.fuse(tokens, attention_mask, image_tokens, keys)
+        return model.fuse(tokens, attention_mask, images, keys)
 
     is_scored = batch.mlm_labels != NOT_SCORED
     masked = batch.masked_ids, batch.attention_mask
-    words = place.chunks(
-        partial(fused, student), *masked, views.image_tokens, place.keys(Stream.MASKED)
-    )
+    keys = place.keys(Stream.MASKED)
+    if views.looked_at is None:
+        words = place.chunks(partial(fused, student), *masked, views.image_tokens, keys)
+    else:
+        words = fused(student, *masked, views.looked_at, keys)
     logits = full_precision(student.mlm_head(words[is_scored]))
     with torch.no_grad():
         teacher_words = place.chunks(

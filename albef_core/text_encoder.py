@@ -70,7 +70,13 @@ class Projected(NamedTuple):
 
     def rows(self, places: Int[Tensor, " B"]) -> "Projected":
         """Take one of the images for each row; an image may serve many."""
-        return Projected(self.key[places], self.value[places])
+        return Projected(self.key.index_select(0, places), self.value.index_select(0, places))
+
+    @staticmethod
+    def joined(parts: Sequence["Projected"]) -> "Projected":
+        """Put the images of several after each other."""
+        keys, values = zip(*parts, strict=True)
+        return Projected(torch.cat(keys), torch.cat(values))
 
 
 class MultimodalEncoder(nn.Module):
@@ -88,16 +94,20 @@ class MultimodalEncoder(nn.Module):
         self,
         text_tokens: Float[Tensor, "B L W"],
         attention_mask: Bool[Tensor, "B L"],
-        image_tokens: Float[Tensor, "B K I"],
+        images: Float[Tensor, "B K I"] | Sequence[Projected],
         keys: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L W"]:
-        """Fuse each caption with the image in the same row; the first token is [CLS]."""
-        for layer in self.layers:
-            text_tokens = layer(text_tokens, attention_mask, image_tokens, keys=keys)
+        """Fuse each caption with the image in the same row; the first token is [CLS].
+
+        Images are tokens, or what `project` has made of them.
+        """
+        for number, layer in enumerate(self.layers):
+            looked_at = images if isinstance(images, Tensor) else images[number]
+            text_tokens = layer(text_tokens, attention_mask, looked_at, keys=keys)
         return text_tokens
 
     def project(self, image_tokens: Float[Tensor, "I K W"]) -> list[Projected]:
-        """Project images to the keys and values of every layer, for `fuse`.
+        """Project images to the keys and values of every layer, once for many captions.
 
         At full size (577 tokens, float32) that is 21 MB an image. Gradients flow.
         """

@@ -1,5 +1,6 @@
 """ITM, image-text matching, and the hard negatives it learns from (ALBEF section 3.2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from albef_core.model import ALBEF
+from albef_core.text_encoder import Projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +58,28 @@ def draw_hard_negatives(
 
 def match_pairs(
     student: ALBEF,
-    images: Float[Tensor, "B K I"],
+    images: Float[Tensor, "B K I"] | Sequence[Projected],
+    wrong_images: Float[Tensor, "B K I"] | Sequence[Projected],
     text_tokens: Float[Tensor, "B L W"],
     attention_mask: Bool[Tensor, "B L"],
-    wrong_images: Float[Tensor, "B K I"],
     wrong_tokens: Float[Tensor, "B L W"],
     wrong_mask: Bool[Tensor, "B L"],
     *keys: Int[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B 2"], Float[Tensor, "B 2"], Float[Tensor, "B 2"]]:
     """Give ITM logits of true pairs, of texts with a wrong image, of images with a wrong text.
 
-    `keys` fix the dropout of the three; see `albef_core.keyed`.
+    One pass for all three, with each image's keys and values made once. Images are tokens, or what
+    `project` has made of them. `keys` fix the dropout of the three; see `albef_core.keyed`.
     """
+    if isinstance(images, Tensor):
+        images = student.project(images)
+    if isinstance(wrong_images, Tensor):
+        wrong_images = student.project(wrong_images)
     texts = torch.cat([text_tokens, text_tokens, wrong_tokens])
     masks = torch.cat([attention_mask, attention_mask, wrong_mask])
-    looked_at = torch.cat([images, wrong_images, images])
+    looked_at = [
+        Projected.joined([own, wrong, own]) for own, wrong in zip(images, wrong_images, strict=True)
+    ]
     fused = student.fuse(texts, masks, looked_at, torch.cat(keys) if keys else None)
     matched, wrong_image, wrong_text = student.itm_head(fused[:, 0]).chunk(3)
     return matched, wrong_image, wrong_text

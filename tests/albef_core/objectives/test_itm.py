@@ -161,9 +161,9 @@ def test_each_row_of_logits_matches_the_pair_it_stands_for(
         match_pairs(
             tiny_model,
             image_tokens,
+            image_tokens[wrong_images],
             text_tokens,
             batch.attention_mask,
-            image_tokens[wrong_images],
             text_tokens[wrong_texts],
             batch.attention_mask[wrong_texts],
         )
