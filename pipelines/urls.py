@@ -15,6 +15,8 @@ MAX_URL_CHARS = 8192
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _ESCAPED = re.compile(r"%([0-9A-Fa-f]{2})")
 _UNSENDABLE = re.compile(r"[^!#-;=?-\[\]_a-z~]")
+_NUMERIC = re.compile(r"(^|\.)(\d+|0x[0-9a-f]*)\.?$")
+"""A last label that makes a host an address, in spellings that programs read differently."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")
 
@@ -74,6 +76,8 @@ def canonical_url(text: str) -> WebUrl:
         raise BadUrlError("no scheme")
     if not host:
         raise BadUrlError("no host")
+    if _NUMERIC.search(host) and literal_address(host) is None:
+        raise BadUrlError(f"{host} is no name, and no IPv4 address of four numbers")
     if port not in (None, DEFAULT_PORTS[scheme]):
         host = f"{host}:{port}"
     login, at, _ = parts.netloc.rpartition("@")

@@ -113,3 +113,143 @@ def test_every_fault_ends_in_its_class(server: CrawlServer, tmp_path: Path) -> N
     assert server.counts["/status/404"] == 1
     assert server.counts["/status/500"] == 3
     assert server.counts["/good/1.jpg"] == 1
+
+
+def test_pictures_are_stored_as_the_ledger_says(server: CrawlServer, tmp_path: Path) -> None:
+    crawl = listed(tmp_path, [server.url(f"good/{n}.jpg") for n in range(70)])
+
+    rows = fetch(crawl, commit_rows=30, image_size=128)
+
+    for row in rows:
+        stored = picture_of(crawl, row)
+        names = ("key", "sha256", "phash", "width", "height")
+        assert {name: stored[name] for name in names} == {name: row[name] for name in names}
+        assert (row["original_width"], row["original_height"]) == (500, 375)
+        assert (row["width"], row["height"]) == (171, 128)
+        assert (row["attempts"], row["http_status"]) == (1, 200)
+        assert row["first_at"] <= row["last_at"]
+    assert rows[5]["num_bytes"] == len(jpeg(5))
+    shard = pq.ParquetFile(crawl.pictures(rows[0]["shard"]))
+    assert shard.metadata.row_group(0).num_rows <= 32
+    assert len({row["shard"] for row in rows}) > 1
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    server: CrawlServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.fetcher.SECONDS_BETWEEN_REPORTS", 0.01)
+    crawl = listed(tmp_path, [server.url(f"good/{n}.jpg") for n in range(60)])
+    options = {"commit_rows": 5, "connections": 2}
+
+    states = [row["state"] for row in fetch(crawl, stop_after=10, **options)]
+    done = fetch(crawl, **options)
+
+    assert states.count("ok") >= 10
+    assert states.count("pending") >= 1
+    assert [row["state"] for row in done] == ["ok"] * 60
+    stored = [pq.read_table(file) for file in (crawl.folder / "pictures").iterdir()]
+    keys = pa.concat_tables(stored)["key"].to_pylist()
+    assert len(keys) == len(set(keys)) == 60
+    fetched_twice = {path for path, count in server.counts.items() if count > 1}
+    assert len(fetched_twice - {"/robots.txt"}) <= 4  # what was under way
+
+
+def test_retry_fetches_only_what_is_asked_for(server: CrawlServer, tmp_path: Path) -> None:
+    paths = ["good/1.jpg", "status/404", "status/500", "heals", "header/tdm-reservation/1"]
+    crawl = listed(tmp_path, [server.url(path) for path in paths])
+    fetch(crawl, retries=0)
+    server.counts.clear()
+
+    again = fetch(crawl, retry=("transient",), retries=3)
+    after_transient = dict(server.counts)
+    fetch(crawl)
+    fetch(crawl, retry=("http 404",), retries=0)
+
+    assert set(after_transient) == {"/status/500", "/heals", "/robots.txt"}
+    assert [row["state"] for row in again] == ["ok", "failed", "failed", "ok", "refused"]
+    assert [row["attempts"] for row in again] == [1, 1, 5, 4, 1]
+    assert set(server.counts) - set(after_transient) == {"/status/404"}
+    assert ledger(crawl)[1]["attempts"] == 2
+
+
+def test_headers_say_who_asks(server: CrawlServer, tmp_path: Path) -> None:
+    crawl = listed(tmp_path, [server.url("good/1.jpg")])
+
+    fetch(crawl, contact="https://example.org/crawler")
+
+    agents = {headers["User-Agent"] for headers in server.headers}
+    assert len(agents) == 1
+    assert agents.pop().startswith("albef-crawler/")
+    assert server.headers[0]["User-Agent"].endswith("(+https://example.org/crawler)")
+    assert all("Cookie" not in headers for headers in server.headers)
+
+
+@pytest.mark.parametrize(
+    ("robots", "state", "failure"),
+    [
+        ("User-agent: *\nDisallow: /good/", "refused", "robots"),
+        ("User-agent: albef-crawler\nDisallow: /", "refused", "robots"),
+        ("User-agent: other\nDisallow: /", "ok", None),
+        ("", "ok", None),
+        (404, "ok", None),
+        (403, "ok", None),
+        (503, "refused", "robots unreachable"),
+    ],
+)
+def test_robots_txt_is_obeyed(
+    robots: str | int, state: str, failure: str | None, server: CrawlServer, tmp_path: Path
+) -> None:
+    server.robots = robots
+    crawl = listed(tmp_path, [server.url(f"good/{n}.jpg") for n in range(6)])
+
+    rows = fetch(crawl)
+
+    assert {(row["state"], row["failure"]) for row in rows} == {(state, failure)}
+    if robots != 503:
+        assert server.counts["/robots.txt"] == 1
+
+
+def test_robots_txt_can_be_left_out(server: CrawlServer, tmp_path: Path) -> None:
+    server.robots = "User-agent: *\nDisallow: /"
+
+    rows = fetch(listed(tmp_path, [server.url("good/1.jpg")]), obey_robots=False)
+
+    assert rows[0]["state"] == "ok"
+    assert server.counts["/robots.txt"] == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
+def test_private_addresses_are_never_connected_to(
+    host: str, server: CrawlServer, tmp_path: Path
+) -> None:
+    crawl = listed(tmp_path, [server.url("good/1.jpg", host=host)])
+
+    rows = fetch(crawl, allow_private_hosts=False, contact="me@example.org", retries=0)
+
+    assert (rows[0]["state"], rows[0]["failure"]) == ("refused", "private address")
+    assert not server.counts
+
+
+def test_slow_urls_do_not_hold_up_others(server: CrawlServer, tmp_path: Path) -> None:
+    slow = [server.url(f"never/{n}", host="127.0.0.2") for n in range(6)]
+    good = [server.url(f"good/{n}.jpg", host="127.0.0.3") for n in range(40)]
+    crawl = listed(tmp_path, slow + good)
+
+    rows = fetch(crawl, connections_per_host=2, retries=0, commit_rows=10)
+
+    last_good = max(row["last_at"] for row in rows[6:])
+    last_slow = max(row["last_at"] for row in rows[:6])
+    assert {row["failure"] for row in rows[:6]} == {"timeout first byte"}
+    assert last_good < last_slow
+
+
+def test_rows_beyond_the_window_are_fetched_too(
+    server: CrawlServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.fetcher.WINDOW_ROWS", 8)
+    monkeypatch.setattr("pipelines.fetcher.FOLD_ROWS", 10)
+
+    rows = fetch(listed(tmp_path, [server.url(f"status/404?{n}") for n in range(50)]))
+
+    assert {row["failure"] for row in rows} == {"http 404"}
+    assert server.counts["/status/404"] == 50
