@@ -29,7 +29,7 @@ from pipelines.progress import noted
 from pipelines.url_lists import UrlList, find_list
 
 LOCK_NAME = "crawl.lock"
-SETTINGS = ("resize", "image_size", "jpeg_quality", "min_side", "max_bytes")
+SETTINGS = ("resize", "image_size", "jpeg_quality")
 """Fields that say what a picture of the store is."""
 LOG_EVERY_S = 5.0
 

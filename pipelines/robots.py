@@ -19,6 +19,8 @@ KEPT_S = 24 * 3600.0
 """(RFC 9309, section 2.4.)"""
 MAX_HOSTS = 4096
 """Hosts whose rules are kept; that of the one asked longest ago goes."""
+HOST_FAILURES = (*classes.UNREACHABLE, classes.PRIVATE_ADDRESS)
+"""What is wrong with the host itself, and so with every URL of it."""
 RATE_LIMITED = f"{HTTP}429"
 
 
@@ -68,7 +70,7 @@ class Robots:
                     return _Rules(None, until)
             elif error.failure == classes.BAD_REDIRECT:
                 return _Rules(None, until)  # as unavailable (RFC 9309, section 2.3.1.2)
-            elif error.failure in (*classes.UNREACHABLE, classes.PRIVATE_ADDRESS):
+            elif not error.is_elsewhere and error.failure in HOST_FAILURES:
                 raise
             detail = f"{origin}/robots.txt: {error.failure}"
             raise FetchError(
