@@ -113,7 +113,13 @@ def test_what_data_tasks_use_starts_without_torch(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["albef_core.config", "pipelines.config", "pipelines.presets", "pipelines.registry_config"],
+    [
+        "albef_core.config",
+        "pipelines.config",
+        "pipelines.crawl_config",
+        "pipelines.presets",
+        "pipelines.registry_config",
+    ],
 )
 def test_configs_need_the_standard_library_only(module: str) -> None:
     # -S leaves out the site packages, so importing anything else cannot succeed.

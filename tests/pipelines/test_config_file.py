@@ -23,6 +23,7 @@ from pipelines.config import (
     QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
+from pipelines.crawl_config import CrawlConfig
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig
 from pipelines.presets import PRETRAIN, tiny
 from pipelines.registry_config import (
@@ -52,6 +53,7 @@ def test_every_preset_comes_back_from_its_file(
     [
         IngestConfig(source="shapes", out=Path("a/b"), images=Path("pictures.tar")),
         IngestConfig(source="a.json", out=Path("a"), annotations=(Path("b"), Path("c"))),
+        CrawlConfig(out=Path("c"), source=("a", "b"), contact="a@b", retry=("dns", "http 503")),
         EvaluateConfig(model="models:/albef-pretrain/1", corpus=Path("c"), json=None),
         QuickstartConfig(out=Path("q"), steps=9),
         dataclasses.replace(tiny(), recipe=paper_2021(), steps=7, epochs=None),
@@ -59,6 +61,7 @@ def test_every_preset_comes_back_from_its_file(
     ids=[
         "ingest",
         "ingest with a second file",
+        "crawl",
         "evaluate",
         "quickstart",
         "pretrain with the 2021 recipe",
@@ -209,6 +212,7 @@ def attributes_read() -> set[str]:
     "config_class",
     [
         IngestConfig,
+        CrawlConfig,
         PretrainConfig,
         PlanConfig,
         EvaluateConfig,
