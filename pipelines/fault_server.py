@@ -30,6 +30,8 @@ from pipelines.faults import FAULTS, PICTURE, host_addresses
 
 ENDLESS_BYTES = 100_000_000
 """After so much `endless` ends all the same, or a client that reads on would fill its memory."""
+RESET_AFTER_S = 0.1
+"""What a client has not read by then is lost to it."""
 TERABYTE = 10**12
 
 
@@ -128,13 +130,13 @@ class FaultServer:
             case "endless":
                 return await _endless(request, picture)
             case "reset":
-                _break_off(request, picture[:middle], says=len(picture), is_reset=True)
+                await _break_off(request, picture[:middle], says=len(picture), is_reset=True)
             case "short":
-                _break_off(request, picture[:middle], says=len(picture))
+                await _break_off(request, picture[:middle], says=len(picture))
             case "long":
-                _break_off(request, picture, says=middle)
+                await _break_off(request, picture, says=middle)
             case "announced":
-                _break_off(request, picture, says=TERABYTE)
+                await _break_off(request, picture, says=TERABYTE)
         # The connection is gone, which aiohttp finds out when it wants to send this.
         return web.Response()
 
@@ -156,7 +158,9 @@ async def _endless(request: web.Request, picture: bytes) -> web.StreamResponse:
     return response
 
 
-def _break_off(request: web.Request, body: bytes, *, says: int, is_reset: bool = False) -> None:
+async def _break_off(
+    request: web.Request, body: bytes, *, says: int, is_reset: bool = False
+) -> None:
     """Write an answer past aiohttp, which would not lie, and end the connection."""
     transport = request.transport
     if transport is None:
@@ -166,6 +170,7 @@ def _break_off(request: web.Request, body: bytes, *, says: int, is_reset: bool =
     if not is_reset:
         transport.close()
         return
+    await asyncio.sleep(RESET_AFTER_S)
     # Lingering for no time, the system ends the connection by RST instead of FIN.
     raw = transport.get_extra_info("socket")
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

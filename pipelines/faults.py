@@ -23,6 +23,8 @@ class Fault:
     """State of the row in the ledger."""
     failure: str | None = None
     """Class in the ledger, of failed and refused rows."""
+    or_failure: str | None = None
+    """Another class that it gets where packets come in other pieces."""
     is_retried: bool | None = False
     """Whether it takes more than one attempt; None: that depends on what else is known of the
     host."""
@@ -92,7 +94,13 @@ FAULTS = {
         ),
         _failed("refused", "a closed port", classes.CONNECT, is_retried=None, host="127.0.2.1"),
         _failed("no-tls", "https to a port that does not speak it", classes.TLS, is_retried=None),
-        _failed("reset", "a reset amid the body", classes.TRUNCATED, is_retried=True),
+        _failed(
+            "reset",
+            "a reset amid the body",
+            classes.TRUNCATED,
+            or_failure=classes.DISCONNECTED,
+            is_retried=True,
+        ),
         _failed("short", "less than Content-Length says", classes.TRUNCATED, is_retried=True),
         _failed("never", "no answer, ever", classes.TIMEOUT_FIRST_BYTE, is_retried=True, weight=1),
         _failed(
@@ -110,7 +118,11 @@ FAULTS = {
         _failed("half", "the first half of a JPEG", classes.CORRUPT),
         _failed("noise", "the magic number of JPEG, then noise", classes.CORRUPT),
         _failed(
-            "long", "more than Content-Length says, which cuts the JPEG", classes.CORRUPT, weight=1
+            "long",
+            "more than Content-Length says, which cuts the JPEG",
+            classes.CORRUPT,
+            or_failure=classes.BAD_ANSWER,
+            weight=1,
         ),
         _failed("tiny", "a GIF of one pixel", classes.TOO_SMALL, weight=1),
         # Redirects that lead nowhere good.
