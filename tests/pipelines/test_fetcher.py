@@ -10,8 +10,9 @@ import pytest
 
 from pipelines.crawl_config import CrawlConfig
 from pipelines.crawl_listing import add_lists
+from pipelines.crawl_progress import Progress
 from pipelines.crawl_store import VERSION, Crawl
-from pipelines.fetcher import PartitionCrawl, Progress
+from pipelines.fetcher import PartitionCrawl
 from pipelines.url_lists import find_list
 from tests.pipelines.crawl_server import CrawlServer, crawl_server, jpeg
 
