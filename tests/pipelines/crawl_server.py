@@ -22,12 +22,13 @@ def jpeg(number: int, width: int = 500, height: int = 375) -> bytes:
     return cv2.imencode(".jpg", pixels)[1].tobytes()
 
 
+BOMB = gzip.compress(b"\xff\xd8\xff" + bytes(10_000_000))
 GZIP = {"Content-Encoding": "gzip"}
 BODIES: dict[str, Callable[[], tuple[bytes, dict[str, str]]]] = {
     "html": lambda: (b"<!doctype html><p>Gone", {"Content-Type": "image/jpeg"}),
     "truncated": lambda: (jpeg(1)[:3000], {}),
     "gzipped": lambda: (gzip.compress(jpeg(1)), GZIP),
-    "bomb": lambda: (gzip.compress(b"\xff\xd8\xff" + bytes(30_000_000)), GZIP),
+    "bomb": lambda: (BOMB, GZIP),
 }
 
 
@@ -88,7 +89,7 @@ class CrawlServer:
         return web.Response(status=301, headers={"Location": request.path})
 
     async def _endless(self, request: web.Request, _rest: str) -> web.StreamResponse:
-        return await self._stream(request, bytes(100_000), 0.0)
+        return await self._stream(request, bytes(100_000), 0.001)
 
     async def _drip(self, request: web.Request, _rest: str) -> web.StreamResponse:
         return await self._stream(request, b"\xff", 0.05)
