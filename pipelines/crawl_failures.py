@@ -28,6 +28,7 @@ SCHEME = "scheme"
 MALFORMED_ROW = "malformed row"
 HTTP = "http "
 """Followed by the code of the answer."""
+RATE_LIMITED = f"{HTTP}429"
 
 TRANSIENT, EVERY = "transient", "all"
 """What `--retry` takes besides classes."""

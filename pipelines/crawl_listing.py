@@ -33,7 +33,7 @@ from pipelines.urls import (
     url_key,
 )
 
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 32_768
 """Rows of a list in memory at once."""
 ROWS_PER_PARTITION = 20_000
 BYTES_PER_ROW = 150
@@ -133,12 +133,10 @@ def add_lists(
         listed.append(
             Listed(name=one.name, files=files, num_bytes=one.num_bytes, num_rows=num_rows)
         )
-    readers = [(name, pa.ipc.open_file(pa.OSFile(str(path)))) for name, path in chunks]
     for partition in range(crawl.num_partitions):
         target = staged / crawl.ledger(partition).name
-        parts = [(name, reader.get_batch(partition)) for name, reader in readers]
+        parts = [(name, _read_part(path, partition)) for name, path in chunks]
         _write_partition(target, crawl.ledger(partition), [p for p in parts if p[1].num_rows])
-    del readers
     shutil.rmtree(staged / "chunks")
     crawl = replace(crawl, lists=tuple(listed))
     write_crawl(crawl)
@@ -191,6 +189,12 @@ def _write_chunk(path: Path, rows: list[ListRow], start: int, num_partitions: in
             part = table.slice(low, high - low).combine_chunks()
             batches = part.to_batches() or [pa.RecordBatch.from_pylist([], schema=_STAGED_SCHEMA)]
             writer.write_batch(batches[0])
+
+
+def _read_part(path: Path, partition: int) -> pa.RecordBatch:
+    # Opened every time: there may be more chunks than a process may have files open.
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).get_batch(partition)
 
 
 def _sort(row: ListRow) -> _Sorted:

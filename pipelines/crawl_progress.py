@@ -16,13 +16,26 @@ from rich.live import Live
 from rich.table import Table
 
 from pipelines.crawl_store import OK
-from pipelines.fetcher import Progress
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 15.0
 RATE_WINDOW_S = 30.0
 SHOWN_FAILURES = 8
+
+
+@dataclass
+class Progress:
+    """What a partition's worker has to tell since it last did."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    """Rows committed: `ok`, or the class of failure."""
+    num_bytes: int = 0
+    """Of bodies that came."""
+    num_open: int = 0
+    """URLs under way."""
+    memory: int = 0
+    """Resident bytes of the process."""
 
 
 @dataclass

@@ -4,10 +4,8 @@ import asyncio
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -16,6 +14,7 @@ import ray
 
 from pipelines.crawl_config import CrawlConfig
 from pipelines.crawl_failures import find_failure
+from pipelines.crawl_progress import Progress
 from pipelines.crawl_store import OK, Crawl
 from pipelines.host_queue import Attempt, HostLimits, HostQueue
 from pipelines.http_client import Body, FetchError, HttpClient, check_opt_out
@@ -32,20 +31,6 @@ FOLD_ROWS = 65_536
 SECONDS_BETWEEN_REPORTS = 1.0
 DETAIL_CHARS = 200
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-@dataclass
-class Progress:
-    """What a partition's worker has to tell since it last did."""
-
-    ended: Counter[str] = field(default_factory=Counter)
-    """Rows committed: `ok`, or the class of failure."""
-    num_bytes: int = 0
-    """Of bodies that came."""
-    num_open: int = 0
-    """URLs under way."""
-    memory: int = 0
-    """Resident bytes of the process."""
 
 
 Report = Callable[[Progress], Awaitable[bool]]
@@ -236,7 +221,7 @@ class PartitionCrawl:
             "state": find_failure(failure).state if failure else OK,
             "detail": detail and detail[:DETAIL_CHARS],
             "attempts": min(row.attempts + attempt.tries, 2**15 - 1),
-            "first_at": row.first_at or started,
+            "first_at": row.first_at or (started if attempt.tries else None),
             "last_at": _now_ms(),
         }
         self._ended.append(entry)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from pipelines.crawl_failures import UNANSWERED, UNREACHABLE, find_failure
+from pipelines.crawl_failures import RATE_LIMITED, UNANSWERED, UNREACHABLE, find_failure
 from pipelines.ledger import Wanted
 
 MIN_STRIKES = 3
@@ -131,6 +131,8 @@ class HostQueue:
             wait_s = None
         else:
             self._judge(host, attempt, failure, now)
+            if failure == RATE_LIMITED and wait_s is None:
+                wait_s = self._delay(attempt.tries)
         if wait_s is not None and wait_s > self._limits.max_wait_s:
             host.dead = host.dead or failure
         elif wait_s is not None:

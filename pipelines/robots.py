@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from protego import Protego
 
 from pipelines import crawl_failures as classes
-from pipelines.crawl_failures import HTTP
+from pipelines.crawl_failures import HTTP, RATE_LIMITED
 from pipelines.http_client import AGENT, FetchError, HttpClient
 
 MAX_BYTES = 500 * 1024
@@ -21,7 +21,6 @@ MAX_HOSTS = 4096
 """Hosts whose rules are kept; that of the one asked longest ago goes."""
 HOST_FAILURES = (*classes.UNREACHABLE, classes.PRIVATE_ADDRESS)
 """What is wrong with the host itself, and so with every URL of it."""
-RATE_LIMITED = f"{HTTP}429"
 
 
 @dataclass(frozen=True, slots=True)

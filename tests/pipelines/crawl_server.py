@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -22,6 +22,16 @@ def jpeg(number: int, width: int = 500, height: int = 375) -> bytes:
     return cv2.imencode(".jpg", pixels)[1].tobytes()
 
 
+BOMB = gzip.compress(b"\xff\xd8\xff" + bytes(10_000_000))
+GZIP = {"Content-Encoding": "gzip"}
+BODIES: dict[str, Callable[[], tuple[bytes, dict[str, str]]]] = {
+    "html": lambda: (b"<!doctype html><p>Gone", {"Content-Type": "image/jpeg"}),
+    "truncated": lambda: (jpeg(1)[:3000], {}),
+    "gzipped": lambda: (gzip.compress(jpeg(1)), GZIP),
+    "bomb": lambda: (BOMB, GZIP),
+}
+
+
 class CrawlServer:
     """Serves by path; counts requests by path."""
 
@@ -36,61 +46,65 @@ class CrawlServer:
         return f"http://{host}:{self.port}/{path}"
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        path = request.path
-        self.counts[path] += 1
+        """Do what the first part of the path says."""
+        self.counts[request.path] += 1
         self.headers.append(dict(request.headers))
-        kind, _, rest = path.lstrip("/").partition("/")
-        picture = web.Response(body=jpeg(1), content_type="image/jpeg")
-        match kind:
-            case "robots.txt":
-                if isinstance(self.robots, int):
-                    return web.Response(status=self.robots)
-                return web.Response(text=self.robots)
-            case "good":
-                return web.Response(body=jpeg(int(rest.partition(".")[0])))
-            case "status":
-                return web.Response(status=int(rest))
-            case "heals":
-                if self.counts[path] < 3:
-                    return web.Response(status=503)
-                return picture
-            case "busy":
-                if self.counts[path] < 2:
-                    return web.Response(status=429, headers={"Retry-After": rest})
-                return picture
-            case "header":
-                name, _, value = rest.partition("/")
-                picture.headers[name] = value
-                return picture
-            case "to":
-                return web.Response(status=302, headers={"Location": request.query["url"]})
-            case "loop":
-                return web.Response(status=301, headers={"Location": path})
-            case "html":
-                return web.Response(body=b"<!doctype html><p>Gone", content_type="image/jpeg")
-            case "gzipped":
-                return web.Response(
-                    body=gzip.compress(jpeg(1)), headers={"Content-Encoding": "gzip"}
-                )
-            case "bomb":
-                body = gzip.compress(b"\xff\xd8\xff" + bytes(30_000_000))
-                return web.Response(body=body, headers={"Content-Encoding": "gzip"})
-            case "truncated":
-                return web.Response(body=jpeg(1)[:3000])
-            case "endless":
-                return await self._stream(request, bytes(100_000), 0.0)
-            case "drip":
-                return await self._stream(request, b"\xff", 0.05)
-            case "reset":
-                response = web.StreamResponse(headers={"Content-Length": "90000"})
-                await response.prepare(request)
-                await response.write(jpeg(1)[:1000])
-                assert request.transport
-                request.transport.abort()
-                return response
-            case "never":
-                await asyncio.sleep(60)
+        kind, _, rest = request.path.lstrip("/").partition("/")
+        if kind in BODIES:
+            body, headers = BODIES[kind]()
+            return web.Response(body=body, headers=headers)
+        return await getattr(self, f"_{kind}".replace(".", "_"), self._absent)(request, rest)
+
+    async def _absent(self, _request: web.Request, _rest: str) -> web.StreamResponse:
         return web.Response(status=404)
+
+    async def _robots_txt(self, _request: web.Request, _rest: str) -> web.StreamResponse:
+        if isinstance(self.robots, int):
+            return web.Response(status=self.robots)
+        return web.Response(text=self.robots)
+
+    async def _good(self, _request: web.Request, rest: str) -> web.StreamResponse:
+        return web.Response(body=jpeg(int(rest.partition(".")[0])))
+
+    async def _status(self, _request: web.Request, rest: str) -> web.StreamResponse:
+        return web.Response(status=int(rest))
+
+    async def _heals(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        is_ill = self.counts[request.path] < 3
+        return web.Response(status=503) if is_ill else web.Response(body=jpeg(1))
+
+    async def _busy(self, request: web.Request, rest: str) -> web.StreamResponse:
+        if self.counts[request.path] < 2:
+            return web.Response(status=429, headers={"Retry-After": rest})
+        return web.Response(body=jpeg(1))
+
+    async def _header(self, _request: web.Request, rest: str) -> web.StreamResponse:
+        name, _, value = rest.partition("/")
+        return web.Response(body=jpeg(1), headers={name: value})
+
+    async def _to(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        return web.Response(status=302, headers={"Location": request.query["url"]})
+
+    async def _loop(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        return web.Response(status=301, headers={"Location": request.path})
+
+    async def _endless(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        return await self._stream(request, bytes(100_000), 0.001)
+
+    async def _drip(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        return await self._stream(request, b"\xff", 0.05)
+
+    async def _reset(self, request: web.Request, _rest: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "90000"})
+        await response.prepare(request)
+        await response.write(jpeg(1)[:1000])
+        assert request.transport
+        request.transport.abort()
+        return response
+
+    async def _never(self, _request: web.Request, _rest: str) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def _stream(
         self, request: web.Request, chunk: bytes, wait_s: float

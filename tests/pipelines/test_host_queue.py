@@ -80,6 +80,15 @@ def test_a_lasting_failure_is_not_tried_again(failure: str) -> None:
     assert not fail(waiting, take(waiting, 0.0)[0], failure, 0.0)
 
 
+def test_too_many_requests_hold_up_the_host_without_a_word_on_how_long() -> None:
+    waiting = queue({A: 4}, connections=1)
+
+    fail(waiting, take(waiting, 0.0)[0], "http 429", 0.0)
+
+    assert not take(waiting, 0.9)
+    assert len(take(waiting, 1.5)) == 1
+
+
 def test_retry_after_holds_up_the_whole_host_and_no_other() -> None:
     waiting = queue({A: 4, B: 1}, connections=1)
     first = {attempt.host.name: attempt for attempt in take(waiting, 0.0)}

@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def test_a_reservation_of_text_and_data_mining_is_obeyed() -> None:
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    later = datetime.now(timezone.utc) + timedelta(seconds=90)
+    later = datetime.now(UTC) + timedelta(seconds=90)
 
     assert retry_after_s(headers(("Retry-After", "120"))) == 120
     date = retry_after_s(headers(("Retry-After", format_datetime(later, usegmt=True))))
