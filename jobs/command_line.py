@@ -35,6 +35,7 @@ from pipelines.config import (
     QuickstartConfig,
     TrainConfig,
 )
+from pipelines.crawl_config import CrawlConfig
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig, EvaluateTaskConfig
 from pipelines.ingest_config import IngestConfig
 from pipelines.presets import UNSET
@@ -56,6 +57,7 @@ SAVED_AS = {
     PlanConfig: "a run's saved config.json, in place of a preset",
     FinetuneConfig: "a run's saved config.json, in place of a task",
     SweepConfig: "a sweep's saved config.json, in place of a preset",
+    CrawlConfig: "the config.json of a crawl",
     IngestConfig: "the config.json beside a corpus's manifest",
     EvaluateConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",
     EvaluateTaskConfig: "an evaluation's evaluate.json, in its MLflow run under eval/CORPUS/",

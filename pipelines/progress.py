@@ -125,7 +125,7 @@ def run_with_progress(
             outcome["error"] = error
 
     thread = threading.Thread(target=run, daemon=True)
-    with _sigterm_noted() as is_stopped:
+    with noted(signal.SIGTERM) as is_stopped:
         thread.start()
         show = _bar if sys.stderr.isatty() else _lines
         show(thread, _Watch(board, is_stopped, on_measured), title, total)
@@ -135,17 +135,18 @@ def run_with_progress(
 
 
 @contextmanager
-def _sigterm_noted() -> Iterator[threading.Event]:
-    """Turn SIGTERM into an event. Ray installs a handler of its own, so this comes after it."""
+def noted(*signals: signal.Signals) -> Iterator[threading.Event]:
+    """Turn signals into an event. Ray installs handlers of its own, so this comes after it."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may handle signals
         return
-    before = signal.signal(signal.SIGTERM, lambda _number, _frame: asked.set())
+    before = [signal.signal(one, lambda _number, _frame: asked.set()) for one in signals]
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
 
 
 class _Watch:

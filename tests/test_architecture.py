@@ -117,6 +117,7 @@ def test_what_data_tasks_use_starts_without_torch(module: str) -> None:
         "albef_core.config",
         "pipelines.config",
         "pipelines.ingest_config",
+        "pipelines.crawl_config",
         "pipelines.presets",
         "pipelines.registry_config",
     ],

@@ -17,6 +17,7 @@ from pipelines.config import (
     QuickstartConfig,
 )
 from pipelines.config_file import write_config
+from pipelines.crawl_config import CrawlConfig
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.ingest_config import IngestConfig
 from pipelines.presets import PRETRAIN, base, tiny
@@ -40,7 +41,15 @@ def leaves(config_class: type) -> list[str]:
 
 @pytest.mark.parametrize(
     "config_class",
-    [IngestConfig, PretrainConfig, EvaluateConfig, EmbedConfig, AuditConfig, QuickstartConfig],
+    [
+        IngestConfig,
+        CrawlConfig,
+        PretrainConfig,
+        EvaluateConfig,
+        EmbedConfig,
+        AuditConfig,
+        QuickstartConfig,
+    ],
 )
 def test_flat_flags_have_one_owner_each(config_class: type) -> None:
     names = leaves(config_class)
@@ -328,6 +337,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         ),
         ("pretrain.py tiny --corpus c --device tpu", "pretrain: invalid choice 'tpu'"),
         ("evaluate.py retrieval --corpus c", "evaluate: --model is missing. "),
+        ("crawl.py --out c --source l", "crawl: --contact is missing: "),
     ],
 )
 def test_a_job_refuses_with_one_line_and_exit_code_2(command: str, line: str) -> None:
@@ -350,6 +360,7 @@ def test_a_job_refuses_with_one_line_and_exit_code_2(command: str, line: str) ->
         "evaluate.py grounding -h",
         "explain.py --help",
         "promote.py check --help",
+        "crawl.py --help",
     ],
 )
 def test_help_answers_without_the_heavy_libraries(command: str) -> None:

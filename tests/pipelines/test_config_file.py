@@ -22,6 +22,7 @@ from pipelines.config import (
     QuickstartConfig,
 )
 from pipelines.config_file import config_digest, read_config, write_config
+from pipelines.crawl_config import CrawlConfig
 from pipelines.evaluation_config import EvaluateConfig, EvaluateGroundingConfig
 from pipelines.ingest_config import CleaningConfig, IngestConfig, PackConfig
 from pipelines.presets import PRETRAIN, tiny
@@ -55,6 +56,7 @@ def test_every_preset_comes_back_from_its_file(
         IngestConfig(
             source="crawl", out=Path("a"), cleaning=CleaningConfig(exclude_corpus=(Path("v"),))
         ),
+        CrawlConfig(out=Path("c"), source=("a", "b"), contact="a@b", retry=("dns", "http 503")),
         EvaluateConfig(model="models:/albef-pretrain/1", corpus=Path("c"), json=None),
         QuickstartConfig(out=Path("q"), steps=9),
         dataclasses.replace(tiny(), recipe=paper_2021(), steps=7, epochs=None),
@@ -63,6 +65,7 @@ def test_every_preset_comes_back_from_its_file(
         "ingest",
         "ingest with a second file",
         "ingest of a crawl",
+        "crawl",
         "evaluate",
         "quickstart",
         "pretrain with the 2021 recipe",
@@ -214,6 +217,7 @@ def attributes_read() -> set[str]:
     [
         IngestConfig,
         PackConfig,
+        CrawlConfig,
         PretrainConfig,
         PlanConfig,
         EvaluateConfig,

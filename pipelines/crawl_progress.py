@@ -1,0 +1,180 @@
+"""How a crawl goes: its actors tell a board, and the driver shows it live or as lines of a log."""
+
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pipelines.crawl_store import OK
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_LINES = 15.0
+RATE_WINDOW_S = 30.0
+SHOWN_FAILURES = 8
+
+
+@dataclass
+class Progress:
+    """What a partition's worker has to tell since it last did."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    """Rows committed: `ok`, or the class of failure."""
+    num_bytes: int = 0
+    """Of bodies that came."""
+    num_open: int = 0
+    """URLs under way."""
+    memory: int = 0
+    """Resident bytes of the process."""
+
+
+@dataclass
+class Snapshot:
+    """What a run has done so far."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    """Rows committed: `ok`, or the class of failure."""
+    num_bytes: int = 0
+    num_open: int = 0
+    memory: int = 0
+    """Resident bytes of all actors."""
+
+    @property
+    def num_ended(self) -> int:
+        """Rows committed."""
+        return self.ended.total()
+
+
+@ray.remote(num_cpus=0)
+class _CrawlBoard:
+    """Adds up what the actors tell, and tells them to stop."""
+
+    def __init__(self) -> None:
+        self._ended, self._num_bytes = Counter[str](), 0
+        self._now: dict[tuple[str, int], tuple[int, int]] = {}
+        self._must_stop = False
+
+    def note(self, process: tuple[str, int], progress: Progress) -> bool:
+        """Take what an actor, known by node and process, tells; True: it is to stop."""
+        self._ended += progress.ended
+        self._num_bytes += progress.num_bytes
+        self._now[process] = progress.num_open, progress.memory
+        return self._must_stop
+
+    def stop(self) -> None:
+        """Ask the actors to commit what they have and end."""
+        self._must_stop = True
+
+    def read(self) -> Snapshot:
+        """Give the sums."""
+        num_open = sum(opened for opened, _memory in self._now.values())
+        memory = sum(memory for _opened, memory in self._now.values())
+        return Snapshot(self._ended, self._num_bytes, num_open, memory)
+
+
+def open_crawl_board() -> Any:
+    """Start a board on the driver's own node, whose loss is the run's end anyhow."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _CrawlBoard.options(scheduling_strategy=here).remote()
+
+
+class View:
+    """Shows a run: a table on a terminal, elsewhere a line every 15 seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._points: list[tuple[float, int]] = [(time.monotonic(), 0)]
+
+    def watch(self, worker: threading.Thread, board: Any, is_stopped: threading.Event) -> Snapshot:
+        """Show the board until the worker thread ends, and pass a stop on to it."""
+        console = Console(stderr=True)
+        is_passed_on, said_at = False, time.monotonic()
+        seen = Snapshot()
+        with (
+            Live(console=console, auto_refresh=False) if sys.stderr.isatty() else _Silent() as live
+        ):
+            while True:
+                worker.join(timeout=SECONDS_BETWEEN_LOOKS)
+                is_last = not worker.is_alive()
+                try:
+                    if is_stopped.is_set() and not is_passed_on:
+                        logger.warning("asked to stop: what was fetched is committed")
+                        ray.get(board.stop.remote(), timeout=5)
+                        is_passed_on = True
+                    seen = _snapshot(board)
+                except (RayError, TimeoutError):
+                    pass  # the view is not worth a crawl
+                self._add(seen)
+                live.update(self._table(seen), refresh=True)
+                is_due = time.monotonic() - said_at > SECONDS_BETWEEN_LINES
+                if isinstance(live, _Silent) and (is_due or is_last):
+                    said_at = time.monotonic()
+                    logger.info("%s", self._line(seen))
+                if is_last:
+                    return seen
+
+    def _add(self, seen: Snapshot) -> None:
+        now = time.monotonic()
+        self._points.append((now, seen.num_ended))
+        while self._points[0][0] < now - RATE_WINDOW_S:
+            self._points.pop(0)
+
+    def _rate(self) -> float:
+        (start, before), (end, after) = self._points[0], self._points[-1]
+        return (after - before) / max(end - start, 1e-3)
+
+    def _facts(self, seen: Snapshot) -> dict[str, str]:
+        rate, left = self._rate(), self._total - seen.num_ended
+        share = seen.ended[OK] / max(seen.num_ended, 1)
+        return {
+            "rows": f"{seen.num_ended:,} of {self._total:,}",
+            "rate": f"{rate:,.0f} rows/s",
+            "left": f"{left / rate / 60:,.1f} min" if rate else "?",
+            "stored": f"{seen.ended[OK]:,} ({share:.0%})",
+            "fetched": f"{seen.num_bytes / 1e6:,.0f} MB",
+            "under way": f"{seen.num_open:,}",
+            "memory": f"{seen.memory / 1e6:,.0f} MB",
+        }
+
+    def _failures(self, seen: Snapshot) -> list[tuple[str, int]]:
+        failed = Counter({name: n for name, n in seen.ended.items() if name != OK})
+        return failed.most_common(SHOWN_FAILURES)
+
+    def _line(self, seen: Snapshot) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts(seen).items())
+        failures = ", ".join(f"{name} {number:,}" for name, number in self._failures(seen))
+        return f"{facts}{'; failed: ' if failures else ''}{failures}"
+
+    def _table(self, seen: Snapshot) -> Table:
+        table = Table(*self._facts(seen), "failed most")
+        failures = "\n".join(f"{name} {number:,}" for name, number in self._failures(seen))
+        table.add_row(*self._facts(seen).values(), failures)
+        return table
+
+
+def _snapshot(board: Any) -> Snapshot:
+    snapshot: Any = ray.get(board.read.remote(), timeout=5)
+    return snapshot
+
+
+class _Silent:
+    """Takes the place of a terminal's live table."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def update(self, _table: Table, *, refresh: bool) -> None:
+        """Show nothing."""
