@@ -11,19 +11,23 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from albef_core.batch import PairBatch
+from albef_core.config import ModelConfig
 from albef_core.feature_queue import Queues
 from albef_core.masking import NOT_SCORED
 from albef_core.model import ALBEF
 from albef_core.optim import adamw
 from albef_core.pretraining import pretraining_step, push_step
 from albef_core.teacher import Teacher
+from pipelines.config import PretrainConfig
 from pipelines.presets import PRETRAIN
 
 
@@ -47,10 +51,29 @@ class Options:
 
 def measure(options: Options) -> dict[str, object]:
     """Run the steps and give their times, the pairs per second and the peak memory."""
-    config = PRETRAIN[options.preset]()
-    sizes = dataclasses.replace(
-        config.model, vocab_size=config.model.vocab_size or config.text.corpus_vocab_size
-    )
+    device = torch.device(options.device)
+    student, step = make_step(options)
+    seconds, loss = [], math.nan
+    for number in range(options.warmup + options.steps):
+        started = time.perf_counter()
+        loss = step().item()  # also waits for the device
+        if number >= options.warmup:
+            seconds.append(time.perf_counter() - started)
+    return dataclasses.asdict(options) | {
+        "seconds_per_step": round(statistics.median(seconds), 3),
+        "pairs_per_s": round(options.batch_size / statistics.median(seconds), 3),
+        "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "loss": round(loss, 4),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": machine_name(device),
+    }
+
+
+def make_step(options: Options) -> tuple[ALBEF, Callable[[], Tensor]]:
+    """Build a model and a function that trains it by one step and gives the loss."""
+    config, sizes = sizes_of(options)
     device = torch.device(options.device)
     torch.manual_seed(0)
     student = ALBEF(sizes).to(device)
@@ -60,9 +83,8 @@ def measure(options: Options) -> dict[str, object]:
     batch = random_batch(
         options.batch_size, sizes.image_size, config.text.max_tokens, sizes.vocab_size, device
     )
-    seconds, loss = [], math.nan
-    for number in range(options.warmup + options.steps):
-        started = time.perf_counter()
+
+    def step() -> Tensor:
         student.clamp_temperature()
         teacher.follow(student, momentum=config.objective.teacher_momentum)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
@@ -73,19 +95,16 @@ def measure(options: Options) -> dict[str, object]:
         outcome.loss.backward()
         optimizer.step()
         push_step(queues, outcome, num_pairs=len(batch))
-        loss = outcome.loss.item()  # also waits for the device
-        if number >= options.warmup:
-            seconds.append(time.perf_counter() - started)
-    return dataclasses.asdict(options) | {
-        "seconds_per_step": round(statistics.median(seconds), 3),
-        "pairs_per_s": round(options.batch_size / statistics.median(seconds), 3),
-        "peak_memory_gb": round(_peak_memory_gb(device), 2),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "loss": round(loss, 4),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": machine_name(device),
-    }
+        return outcome.loss.detach()
+
+    return student, step
+
+
+def sizes_of(options: Options) -> tuple[PretrainConfig, ModelConfig]:
+    """Give a preset's settings, and its sizes with a vocabulary."""
+    config = PRETRAIN[options.preset]()
+    vocab_size = config.model.vocab_size or config.text.corpus_vocab_size
+    return config, dataclasses.replace(config.model, vocab_size=vocab_size)
 
 
 def random_batch(
@@ -104,7 +123,8 @@ def random_batch(
     )
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def peak_memory_gb(device: torch.device) -> float:
+    """Give the most memory that this process, or its share of the device, has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
