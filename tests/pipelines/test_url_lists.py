@@ -85,7 +85,7 @@ def test_sbu_s_json_is_streamed_whatever_is_in_its_texts(
     path.write_text(json.dumps(body), encoding="utf-8")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(url_lists, "CHARS_AT_ONCE", chars + 200)
+        patch.setattr(url_lists, "CHARS_AT_ONCE", chars)
         found = rows(path)
 
     assert found == [ListRow(*pair) for pair in zip(urls, captions, strict=True)]
