@@ -26,6 +26,8 @@ LOOKED_AT = 200
 """Lines that tell which column has the URLs."""
 BATCH_ROWS = 8192
 CHARS_AT_ONCE = 1 << 20
+MAX_TEXT_CHARS = 1 << 20
+"""Of one text of a JSON list; what has no end by then is damaged."""
 
 
 class ListRow(NamedTuple):
@@ -277,7 +279,7 @@ def _strings(file: Path, key: str) -> Iterator[str]:
             try:
                 text, place = decoder.raw_decode(buffer, place)
             except json.JSONDecodeError:
-                if len(buffer) - place > CHARS_AT_ONCE or not (chunk := more()):
+                if len(buffer) - place > MAX_TEXT_CHARS or not (chunk := more()):
                     raise InputError(f"{file}: the list {key!r} is cut off or damaged.") from None
                 buffer, place = buffer[place:] + chunk, 0
                 continue
