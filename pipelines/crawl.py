@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray.data  # sets up its loggers, which connect() then turns down
 
 from albef_core.errors import InputError, Preempted
@@ -226,13 +227,14 @@ def _fetch(config: CrawlConfig, made: Crawl, wanted: dict[int, int], num_actors:
 def _run_actors(
     config: CrawlConfig, made: Crawl, order: list[int], num_actors: int, board: Any
 ) -> bool:
-    items = [{"partition": partition} for partition in order]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    # Dealt out like cards, so that each actor has as much to do as any other.
+    shares = [order[first::num_actors] for first in range(num_actors)]
+    blocks = [pa.table({"partition": pa.array(share, pa.int64())}) for share in shares]
+    dataset = ray.data.from_arrow(blocks).map_batches(
         Fetcher,
         fn_constructor_args=(made, config, board),
-        batch_size=1,
+        batch_size=None,
         num_cpus=config.actor_cpus,
-        # A partition that waits behind another one's would wait while other actors idle.
         compute=ray.data.ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
     )
     dataset.context.enable_progress_bars = False

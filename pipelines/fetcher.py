@@ -22,9 +22,10 @@ from pipelines.ledger import Journal, Wanted, fold, partition_lock, recover, wan
 from pipelines.robots import Robots, origin_of
 from pipelines.web_pictures import BadPictureError, PictureSpec, WebPicture, make_picture
 
-WINDOW_ROWS = 8192
+PARTITIONS_AT_ONCE = 6
+WINDOW_ROWS = 4096
 """Rows of a partition that wait in memory."""
-COMMIT_BYTES = 64_000_000
+COMMIT_BYTES = 24_000_000
 """Pictures in memory after which a commit does not wait for more."""
 FOLD_ROWS = 65_536
 """Rows in the journal after which it joins the ledger."""
@@ -37,6 +38,31 @@ Report = Callable[[Progress], Awaitable[bool]]
 """Hears progress; True: the run is to stop."""
 
 
+class Connections:
+    """The connections of an actor, which its partitions share."""
+
+    def __init__(self, most: int) -> None:
+        self.num_open = 0
+        self._most = most
+        self._wakes: list[asyncio.Event] = []
+
+    @property
+    def is_free(self) -> bool:
+        """Tell whether another may be opened."""
+        return self.num_open < self._most
+
+    def wake_me(self) -> asyncio.Event:
+        """Give an event that is set when the last one that could be had is free again."""
+        self._wakes.append(asyncio.Event())
+        return self._wakes[-1]
+
+    def close(self) -> None:
+        """Note that one has ended."""
+        was_free, self.num_open = self.is_free, self.num_open - 1
+        for wake in () if was_free else self._wakes:
+            wake.set()
+
+
 class PartitionCrawl:
     """Fetches what a run wants of one partition.
 
@@ -44,9 +70,16 @@ class PartitionCrawl:
     before, and what had ended is committed.
     """
 
-    def __init__(self, crawl: Crawl, partition: int, config: CrawlConfig, report: Report) -> None:
+    def __init__(
+        self,
+        crawl: Crawl,
+        partition: int,
+        config: CrawlConfig,
+        report: Report,
+        connections: Connections,
+    ) -> None:
         self._crawl, self._partition, self._config = crawl, partition, config
-        self._report = report
+        self._report, self._connections = report, connections
         self._spec = PictureSpec(
             resize=config.resize,
             image_size=config.image_size,
@@ -61,7 +94,7 @@ class PartitionCrawl:
             max_wait_s=config.max_wait_s,
         )
         self._queue = HostQueue(limits, random.Random(partition))
-        self._wake = asyncio.Event()
+        self._wake = connections.wake_me()
         self._running: set[asyncio.Task[None]] = set()
         self._ended: list[dict[str, Any]] = []
         self._pictures: list[dict[str, Any]] = []
@@ -95,6 +128,7 @@ class PartitionCrawl:
                     work = self._fetch(attempt, client, robots, executor)
                     task = asyncio.create_task(work)
                     self._running.add(task)
+                    self._connections.num_open += 1
                     task.add_done_callback(self._on_done)
                 for attempt, failure in self._queue.given_up():
                     self._end_badly(attempt, failure, _GIVEN_UP)
@@ -129,7 +163,7 @@ class PartitionCrawl:
     def _may_begin(self) -> bool:
         has_room = len(self._ended) < 2 * self._config.commit_rows
         has_memory = self._picture_bytes < 2 * COMMIT_BYTES
-        return len(self._running) < self._config.connections and has_room and has_memory
+        return self._connections.is_free and has_room and has_memory
 
     async def _sleep(self, now: float) -> None:
         """Wait until a row ends, a host's time comes, or a commit is due."""
@@ -143,6 +177,7 @@ class PartitionCrawl:
 
     def _on_done(self, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
+        self._connections.close()
         self._wake.set()
         if not task.cancelled() and (error := task.exception()):
             self._defect = error
@@ -256,7 +291,7 @@ class PartitionCrawl:
 
     async def _tell(self) -> None:
         told, self._progress = self._progress, Progress()
-        told.num_open, told.memory = len(self._running), _resident_bytes()
+        told.num_open, told.memory = self._connections.num_open, _resident_bytes()
         if await self._report(told):
             self._must_stop = True
             self._wake.set()
@@ -284,7 +319,10 @@ def _resident_bytes() -> int:
 
 
 class Fetcher:
-    """The actor of Ray Data: one partition at a time."""
+    """The actor of Ray Data: some partitions at once, in one loop.
+
+    The last rows of a partition may be slow hosts, which others need not wait for.
+    """
 
     def __init__(self, crawl: Crawl, config: CrawlConfig, board: Any) -> None:
         cv2.setNumThreads(1)  # its own threads only get into each other's way
@@ -295,11 +333,19 @@ class Fetcher:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on the partitions of a batch; tell of each whether nothing is left of it."""
         partitions = [int(partition) for partition in batch["partition"]]
-        is_done = []
-        for partition in partitions:
-            work = PartitionCrawl(self._crawl, partition, self._config, self._tell)
-            is_done.append(asyncio.run(work.run(self._executor)))
-        return {"partition": partitions, "is_done": is_done}
+        return {"partition": partitions, "is_done": asyncio.run(self._work_on(partitions))}
+
+    async def _work_on(self, partitions: list[int]) -> list[bool]:
+        connections = Connections(self._config.connections)
+        turns = asyncio.Semaphore(PARTITIONS_AT_ONCE)
+
+        async def work(partition: int) -> bool:
+            async with turns:
+                crawl, config = self._crawl, self._config
+                one = PartitionCrawl(crawl, partition, config, self._tell, connections)
+                return await one.run(self._executor)
+
+        return await asyncio.gather(*map(work, partitions))
 
     async def _tell(self, progress: Progress) -> bool:
         return await self._board.note.remote(self._process, progress)

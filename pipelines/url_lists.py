@@ -196,14 +196,15 @@ def _look_at_lines(
     source: str, files: tuple[Path, ...]
 ) -> tuple[tuple[Path, ...], Callable[[Path], Iterator[ListRow]]]:
     """Tell CC3M's columns from CC12M's, and SBU's two files from both."""
-    votes = [0, 0]
+    votes, num_alone = [0, 0], 0
     for file in files:
         for line, _ in zip(_lines(file), range(LOOKED_AT), strict=False):
             fields = line.split("\t")
-            if len(fields) == 1 and _is_url(line):
-                return _sbu_files(files), _read_sbu_files
+            num_alone += len(fields) == 1 and _is_url(line)
             for column, field in enumerate(fields[:2]):
                 votes[column] += len(fields) == 2 and _is_url(field)
+    if num_alone > max(votes):
+        return _sbu_files(files), _read_sbu_files
     if votes[0] == votes[1]:
         found = "no column of URLs" if not votes[0] else "URLs in both columns"
         raise InputError(f"--source {source}: {found} in its first lines. {ACCEPTED}")

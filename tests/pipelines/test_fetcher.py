@@ -12,7 +12,7 @@ from pipelines.crawl_config import CrawlConfig
 from pipelines.crawl_listing import add_lists
 from pipelines.crawl_progress import Progress
 from pipelines.crawl_store import VERSION, Crawl
-from pipelines.fetcher import PartitionCrawl
+from pipelines.fetcher import Connections, PartitionCrawl
 from pipelines.url_lists import find_list
 from tests.pipelines.crawl_server import CrawlServer, crawl_server, jpeg
 
@@ -65,7 +65,7 @@ def fetch(crawl: Crawl, *, stop_after: int | None = None, **options: Any) -> lis
         return stop_after is not None and sum(p.ended.total() for p in told) >= stop_after
 
     with ThreadPoolExecutor(2) as executor:
-        asyncio.run(PartitionCrawl(crawl, 0, config, report).run(executor))
+        asyncio.run(PartitionCrawl(crawl, 0, config, report, Connections(config.connections)).run(executor))
     return ledger(crawl)
 
 

@@ -161,3 +161,26 @@ def test_a_sweep_without_held_out_pictures_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(small_sweep(tmp_path, tmp_path, tmp_path), val=None)
     with pytest.raises(InputError, match="--val is missing: trials are compared by their recall"):
         sweep(config, preset="tiny", start=tiny())
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_model_may_propose_settings_and_trials_may_go_on_from_better_ones(
+    local_ray: None,
+    small_corpus: SmallCorpus,
+    val: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    config = small_sweep(small_corpus.folder, val, root, name="proposed", trials=2, steps=4)
+    config = dataclasses.replace(
+        config, axes=("objective.alpha=0:1",), search="model", scheduler="pbt", confirm_seeds=0
+    )
+
+    found = sweep(config, preset="tiny", start=tiny())
+
+    assert [trial.status for trial in found.trials] == ["finished"] * 2
+    assert all([pairs for pairs, _ in t.measured] == [2 * BATCH, 4 * BATCH] for t in found.trials)
+    assert 0.4 in [trial.point["objective.alpha"] for trial in found.trials], "the preset's own"
+    assert len({trial.point["objective.alpha"] for trial in found.trials}) == 2
