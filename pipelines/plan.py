@@ -146,14 +146,16 @@ def gflop_per_pair(config: PretrainConfig) -> float:
     The student's passes count three times, once forward and twice backward, those of the teacher
     once. A pair is seen by the image encoder in one pass of each, by the text encoder in two of
     each (caption, masked caption), by the multimodal encoder in four of the student (matched, two
-    negatives, masked) and one of the teacher. Micro-batches repeat the student's forward passes.
-    Attention's products count; norms, dropout, softmax and the optimizer do not.
+    negatives, masked) and one of the teacher. The student makes the keys and values of a picture
+    once; micro-batches repeat its forward passes, and make them for each pair, negative and masked
+    caption. Attention's products count; norms, dropout, softmax and the optimizer do not.
     """
     sizes, tokens = _sizes(config), config.text.max_tokens
-    student = 4 if config.micro_batch_size else 3
+    student, num_projected = (4, 3) if config.micro_batch_size else (3, 1)
     flop = (student + 1) * _image_flop(sizes)
     flop += 2 * (student + 1) * sizes.text_layers * _text_layer_flop(sizes, tokens)
     flop += (4 * student + 1) * sizes.fusion_layers * _fusion_layer_flop(sizes, tokens)
+    flop += (num_projected * student + 1) * sizes.fusion_layers * _projection_flop(sizes)
     head = 2 * sizes.text_width * (sizes.text_width + sizes.vocab_size)
     flop += 4 * config.objective.mask_share * tokens * head
     keys = config.batch_size + config.objective.num_slots
@@ -176,10 +178,17 @@ def _text_layer_flop(sizes: ModelConfig, tokens: int) -> float:
 
 
 def _fusion_layer_flop(sizes: ModelConfig, tokens: int) -> float:
-    width, looked_at = sizes.text_width, (sizes.image_size // sizes.patch_size) ** 2 + 1
+    width, looked_at = sizes.text_width, _image_tokens(sizes)
     queries = 2 * 2 * width**2 * tokens
-    keys = 2 * 2 * sizes.image_width * width * looked_at
-    return _text_layer_flop(sizes, tokens) + queries + keys + 4 * tokens * looked_at * width
+    return _text_layer_flop(sizes, tokens) + queries + 4 * tokens * looked_at * width
+
+
+def _projection_flop(sizes: ModelConfig) -> float:
+    return 2 * 2 * sizes.image_width * sizes.text_width * _image_tokens(sizes)
+
+
+def _image_tokens(sizes: ModelConfig) -> int:
+    return (sizes.image_size // sizes.patch_size) ** 2 + 1
 
 
 def _sizes(config: PretrainConfig) -> ModelConfig:

@@ -26,4 +26,4 @@ def test_a_crawl_goes_to_a_corpus_to_tars_and_back(local_ray, tmp_path, monkeypa
 
     assert "left out: state `failed` │ 1 of 6 rows" in built
     assert "python jobs/ingest.py --source 'tars/*.tar'" in packed
-    assert read_manifest(tmp_path / "again").content_id == read_manifest("corpus").content_id
+    assert read_manifest(tmp_path / "again").content_id == read_manifest(Path("corpus")).content_id
