@@ -64,7 +64,8 @@ def crawled(server: FaultServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
         return False
 
     with ThreadPoolExecutor(2) as executor:
-        asyncio.run(PartitionCrawl(crawl, 0, config, go_on, Connections(config.connections)).run(executor))
+        work = PartitionCrawl(crawl, 0, config, go_on, Connections(config.connections))
+        asyncio.run(work.run(executor))
     return crawl.folder
 
 

@@ -65,7 +65,8 @@ def fetch(crawl: Crawl, *, stop_after: int | None = None, **options: Any) -> lis
         return stop_after is not None and sum(p.ended.total() for p in told) >= stop_after
 
     with ThreadPoolExecutor(2) as executor:
-        asyncio.run(PartitionCrawl(crawl, 0, config, report, Connections(config.connections)).run(executor))
+        work = PartitionCrawl(crawl, 0, config, report, Connections(config.connections))
+        asyncio.run(work.run(executor))
     return ledger(crawl)
 
 
