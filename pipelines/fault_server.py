@@ -98,7 +98,11 @@ class FaultServer:
             return web.Response(status=404)
         if kind != PICTURE and kind not in FAULTS:
             return web.Response(status=404)
-        if (broken := await self._misbehave(request, kind, number)) is not None:
+        try:
+            broken = await self._misbehave(request, kind, number)
+        except ConnectionResetError:  # the client has had enough
+            return web.Response()
+        if broken is not None:
             return broken
         age_s = now - self._first_at.setdefault(url, now)
         response = answer(kind, name, self.options.size, times=self.requests[url], age_s=age_s)
