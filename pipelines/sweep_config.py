@@ -48,6 +48,11 @@ class SweepConfig(PretrainConfig):
                 "--val-at, --keep-best and --register are not a sweep's: trials are measured at"
                 " --milestones and at their end, and none is registered. Leave them out."
             )
+        if (self.search, self.scheduler) == ("model", "pbt"):
+            raise InputError(
+                "--search model does not go with --scheduler pbt, which changes settings itself."
+                " Take another of one."
+            )
         check_counts(self, "trials", "at_once", "bootstrap")
         check_counts(self, "reduction", least=2)
         check_counts(self, "confirm_seeds", least=0)

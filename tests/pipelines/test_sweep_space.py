@@ -39,6 +39,11 @@ def test_what_trials_would_not_heed_is_refused(changes: dict[str, object]) -> No
         config(**changes)
 
 
+def test_two_that_would_both_choose_settings_are_refused() -> None:
+    with pytest.raises(InputError, match="--search model does not go with --scheduler pbt"):
+        config(search="model", scheduler="pbt")
+
+
 @pytest.mark.parametrize(
     ("text", "start", "middle", "end"),
     [
