@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from pipelines.config_file import write_config
 from pipelines.crawl_config import CrawlConfig
 from pipelines.crawl_failures import check_retry
 from pipelines.crawl_listing import add_lists, choose_partitions, new_lists, settle_listing
-from pipelines.crawl_progress import Snapshot, View, open_crawl_board
+from pipelines.crawl_progress import Progress, View, open_crawl_board
 from pipelines.crawl_report import CrawlReport, make_report, report_body, write_crawl_report
 from pipelines.crawl_store import CRAWL_NAME, PENDING, VERSION, Crawl, read_crawl, write_crawl
 from pipelines.fetcher import Fetcher
 from pipelines.ingest_report import REPORT_FOLDER
 from pipelines.ledger import count_wanted, locked, partition_lock, recover
 from pipelines.manifest import tool_version
-from pipelines.progress import noted
+from pipelines.progress import run_watched
 from pipelines.url_lists import UrlList, find_list
 
 LOCK_NAME = "crawl.lock"
@@ -168,7 +167,7 @@ def _tracked(config: CrawlConfig, made: Crawl) -> CrawlResult:
 def _fetch_and_report(config: CrawlConfig, made: Crawl) -> CrawlReport:
     started = time.monotonic()
     wanted = count_wanted(made, config.retry)
-    num_actors, seen = 0, Snapshot()
+    num_actors, seen = 0, Progress()
     if wanted:
         connect()
         num_actors = _num_actors(config, len(wanted))
@@ -194,7 +193,7 @@ def _num_actors(config: CrawlConfig, num_partitions: int) -> int:
     return min(config.actors or max(room, 1), num_partitions)
 
 
-def _fetch(config: CrawlConfig, made: Crawl, wanted: dict[int, int], num_actors: int) -> Snapshot:
+def _fetch(config: CrawlConfig, made: Crawl, wanted: dict[int, int], num_actors: int) -> Progress:
     """Let actors work on partitions, the largest first, until all are done.
 
     Raises:
@@ -202,26 +201,18 @@ def _fetch(config: CrawlConfig, made: Crawl, wanted: dict[int, int], num_actors:
     """
     order = sorted(wanted, key=lambda partition: -wanted[partition])
     board = open_crawl_board()
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["is_done"] = _run_actors(config, made, order, num_actors, board)
-        except BaseException as error:  # raised again in the caller's thread
-            outcome["error"] = error
-
-    worker = threading.Thread(target=work, daemon=True)
-    with noted(signal.SIGTERM, signal.SIGINT) as is_stopped:
-        worker.start()
-        seen = View(sum(wanted.values())).watch(worker, board, is_stopped)
-    if "error" in outcome:
-        raise outcome["error"]
-    if not outcome["is_done"]:
+    view = View(board, total=sum(wanted.values()))
+    is_done = run_watched(
+        lambda: _run_actors(config, made, order, num_actors, board),
+        view.watch,
+        *(signal.SIGTERM, signal.SIGINT),
+    )
+    if not is_done:
         raise Preempted(
-            f"stopped: {seen.num_ended:,} rows of this run are committed in {config.out}."
+            f"stopped: {view.seen.num_ended:,} rows of this run are committed in {config.out}."
             " The same command goes on."
         )
-    return seen
+    return view.seen
 
 
 def _run_actors(

@@ -26,7 +26,7 @@ SHOWN_FAILURES = 8
 
 @dataclass
 class Progress:
-    """What a partition's worker has to tell since it last did."""
+    """What a partition's worker has to tell since it last did; of a board, the sum of all."""
 
     ended: Counter[str] = field(default_factory=Counter)
     """Rows committed: `ok`, or the class of failure."""
@@ -36,18 +36,6 @@ class Progress:
     """URLs under way."""
     memory: int = 0
     """Resident bytes of the process."""
-
-
-@dataclass
-class Snapshot:
-    """What a run has done so far."""
-
-    ended: Counter[str] = field(default_factory=Counter)
-    """Rows committed: `ok`, or the class of failure."""
-    num_bytes: int = 0
-    num_open: int = 0
-    memory: int = 0
-    """Resident bytes of all actors."""
 
     @property
     def num_ended(self) -> int:
@@ -75,11 +63,11 @@ class _CrawlBoard:
         """Ask the actors to commit what they have and end."""
         self._must_stop = True
 
-    def read(self) -> Snapshot:
+    def read(self) -> Progress:
         """Give the sums."""
         num_open = sum(opened for opened, _memory in self._now.values())
         memory = sum(memory for _opened, memory in self._now.values())
-        return Snapshot(self._ended, self._num_bytes, num_open, memory)
+        return Progress(self._ended, self._num_bytes, num_open, memory)
 
 
 def open_crawl_board() -> Any:
@@ -91,39 +79,49 @@ def open_crawl_board() -> Any:
 class View:
     """Shows a run: a table on a terminal, elsewhere a line every 15 seconds."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, board: Any, *, total: int) -> None:
+        self._board, self._total = board, total
+        self.seen = Progress()
+        """What the board said last."""
+        self._is_passed_on = self._is_lost = False
         self._points: list[tuple[float, int]] = [(time.monotonic(), 0)]
 
-    def watch(self, worker: threading.Thread, board: Any, is_stopped: threading.Event) -> Snapshot:
+    def watch(self, worker: threading.Thread, is_stopped: threading.Event) -> None:
         """Show the board until the worker thread ends, and pass a stop on to it."""
         console = Console(stderr=True)
-        is_passed_on, said_at = False, time.monotonic()
-        seen = Snapshot()
+        said_at = time.monotonic()
         with (
             Live(console=console, auto_refresh=False) if sys.stderr.isatty() else _Silent() as live
         ):
             while True:
                 worker.join(timeout=SECONDS_BETWEEN_LOOKS)
                 is_last = not worker.is_alive()
-                try:
-                    if is_stopped.is_set() and not is_passed_on:
-                        logger.warning("asked to stop: what was fetched is committed")
-                        ray.get(board.stop.remote(), timeout=5)
-                        is_passed_on = True
-                    seen = _snapshot(board)
-                except (RayError, TimeoutError):
-                    pass  # the view is not worth a crawl
-                self._add(seen)
-                live.update(self._table(seen), refresh=True)
+                self._look(is_stopped)
+                self._add(self.seen)
+                live.update(self._table(self.seen), refresh=True)
                 is_due = time.monotonic() - said_at > SECONDS_BETWEEN_LINES
                 if isinstance(live, _Silent) and (is_due or is_last):
                     said_at = time.monotonic()
-                    logger.info("%s", self._line(seen))
+                    logger.info("%s", self._line(self.seen))
                 if is_last:
-                    return seen
+                    return
 
-    def _add(self, seen: Snapshot) -> None:
+    def _look(self, is_stopped: threading.Event) -> None:
+        try:
+            if is_stopped.is_set() and not self._is_passed_on:
+                ray.get(self._board.stop.remote(), timeout=5)
+                logger.warning("asked to stop: what was fetched is committed")
+                self._is_passed_on = True
+            found: Any = ray.get(self._board.read.remote(), timeout=5)
+            self.seen = found
+            self._is_lost = False
+        except (RayError, TimeoutError) as error:
+            # The view is not worth a crawl; a stop is tried again at the next look.
+            if not self._is_lost:
+                logger.warning("progress stands still here, the board does not answer: %s", error)
+            self._is_lost = True
+
+    def _add(self, seen: Progress) -> None:
         now = time.monotonic()
         self._points.append((now, seen.num_ended))
         while self._points[0][0] < now - RATE_WINDOW_S:
@@ -133,7 +131,7 @@ class View:
         (start, before), (end, after) = self._points[0], self._points[-1]
         return (after - before) / max(end - start, 1e-3)
 
-    def _facts(self, seen: Snapshot) -> dict[str, str]:
+    def _facts(self, seen: Progress) -> dict[str, str]:
         rate, left = self._rate(), self._total - seen.num_ended
         share = seen.ended[OK] / max(seen.num_ended, 1)
         return {
@@ -146,25 +144,20 @@ class View:
             "memory": f"{seen.memory / 1e6:,.0f} MB",
         }
 
-    def _failures(self, seen: Snapshot) -> list[tuple[str, int]]:
+    def _failures(self, seen: Progress) -> list[tuple[str, int]]:
         failed = Counter({name: n for name, n in seen.ended.items() if name != OK})
         return failed.most_common(SHOWN_FAILURES)
 
-    def _line(self, seen: Snapshot) -> str:
+    def _line(self, seen: Progress) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self._facts(seen).items())
         failures = ", ".join(f"{name} {number:,}" for name, number in self._failures(seen))
         return f"{facts}{'; failed: ' if failures else ''}{failures}"
 
-    def _table(self, seen: Snapshot) -> Table:
+    def _table(self, seen: Progress) -> Table:
         table = Table(*self._facts(seen), "failed most")
         failures = "\n".join(f"{name} {number:,}" for name, number in self._failures(seen))
         table.add_row(*self._facts(seen).values(), failures)
         return table
-
-
-def _snapshot(board: Any) -> Snapshot:
-    snapshot: Any = ray.get(board.read.remote(), timeout=5)
-    return snapshot
 
 
 class _Silent:

@@ -116,6 +116,23 @@ def run_with_progress(
     elsewhere (job logs) a line every 15 seconds. SIGTERM, which is pre-emption or `ray job stop`,
     is passed on to the board.
     """
+    show = _bar if sys.stderr.isatty() else _lines
+
+    def watch(thread: threading.Thread, is_stopped: threading.Event) -> None:
+        show(thread, _Watch(board, is_stopped, on_measured), title, total)
+
+    return run_watched(work, watch, signal.SIGTERM)
+
+
+def run_watched(
+    work: Callable[[], Result],
+    watch: Callable[[threading.Thread, threading.Event], None],
+    *signals: signal.Signals,
+) -> Result:
+    """Run `work` in a thread, and `watch` in this one until it ends; return or raise what it does.
+
+    `watch` takes the thread, and an event that any of the signals sets.
+    """
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -125,17 +142,16 @@ def run_with_progress(
             outcome["error"] = error
 
     thread = threading.Thread(target=run, daemon=True)
-    with noted(signal.SIGTERM) as is_stopped:
+    with _noted(*signals) as is_stopped:
         thread.start()
-        show = _bar if sys.stderr.isatty() else _lines
-        show(thread, _Watch(board, is_stopped, on_measured), title, total)
+        watch(thread, is_stopped)
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
 
 
 @contextmanager
-def noted(*signals: signal.Signals) -> Iterator[threading.Event]:
+def _noted(*signals: signal.Signals) -> Iterator[threading.Event]:
     """Turn signals into an event. Ray installs handlers of its own, so this comes after it."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
