@@ -1,18 +1,18 @@
-"""The image encoder: a ViT from timm's blocks, at any resolution."""
+"""The image encoder: a ViT at any resolution, whose parameters have the names of timm's."""
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from albef_core.config import ModelConfig
+from albef_core.errors import InputError
 from albef_core.initialization import deviation, initialize_image
+
+NORM_EPS = 1e-6
 
 
 class ImageEncoder(nn.Module):
@@ -21,29 +21,22 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.image_width
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.patch_embed = PatchEmbed(
-            config.image_size, config.patch_size, embed_dim=width, strict_img_size=False
-        )
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, width))
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                config.image_heads,
-                config.image_mlp_ratio,
-                qkv_bias=True,
-                norm_layer=norm,  # pyright: ignore[reportArgumentType]  # timm calls it as a factory
-            )
-            for _ in range(config.image_layers)
-        )
-        self.norm = norm(width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.image_layers))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.apply(partial(initialize_image, width=width))
         nn.init.trunc_normal_(self.cls_token, std=deviation(width))
         nn.init.trunc_normal_(self.pos_embed, std=deviation(width))
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
-        """Encode pictures whose side is a multiple of the patch; [CLS] comes first."""
+        """Encode pictures whose side is a multiple of the patch; [CLS] comes first.
+
+        Raises:
+            InputError: the side is no multiple of the patch.
+        """
         tokens = self.embed(images)
         for block in self.blocks:
             tokens = block(tokens)
@@ -56,21 +49,96 @@ class ImageEncoder(nn.Module):
         return tokens + resize_position_embeddings(self.pos_embed, num_patches=patches.shape[1])
 
 
-def look(
-    block: nn.Module, tokens: Float[Tensor, "B L W"]
-) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L L"]]:
-    """Do as a block of `ImageEncoder` does, and tell how each token's attention is shared out.
+class PatchEmbed(nn.Module):
+    """Cuts pictures into square patches, row by row, and projects each to a token."""
 
-    timm's own attention keeps its shares to itself: here it is spelled out from the same weights.
-    The shares of a token and head sum to 1, and gradients can be asked of them.
-    """
-    parts: Any = block  # timm's Block, whose parts a type checker does not know
-    attention = parts.attn
-    heads = attention.qkv(parts.norm1(tokens)).unflatten(-1, (3, attention.num_heads, -1))
-    query, key, value = heads.permute(2, 0, 3, 1, 4)
-    shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
-    tokens = tokens + attention.proj((shares @ value).transpose(1, 2).flatten(2))
-    return tokens + parts.mlp(parts.norm2(tokens)), shares
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(3, config.image_width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B P W"]:
+        """Give the tokens of all patches.
+
+        Raises:
+            InputError: the side is no multiple of the patch, whose last pixels would be lost.
+        """
+        side = images.shape[-1]
+        if side % self.patch_size:
+            raise InputError(
+                f"pictures of {side} px cannot be cut into patches of {self.patch_size} px:"
+                " give an --image-size that is a multiple."
+            )
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """One layer of the ViT: self-attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.image_width
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = SelfAttention(width, config.image_heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * config.image_mlp_ratio))
+
+    def forward(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
+        """Refine the tokens of each picture."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+    def look(
+        self, tokens: Float[Tensor, "B L W"]
+    ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L L"]]:
+        """Do as `forward`, and tell how each token's attention is shared out.
+
+        The shares of a token and head sum to 1, and gradients can be asked of them.
+        """
+        context, shares = self.attn.look(self.norm1(tokens))
+        tokens = tokens + context
+        return tokens + self.mlp(self.norm2(tokens)), shares
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of all tokens; queries, keys and values are one product."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
+        """Let every token look at every other."""
+        context = F.scaled_dot_product_attention(*self._heads(tokens))
+        return self.proj(context.transpose(1, 2).flatten(2))
+
+    def look(
+        self, tokens: Float[Tensor, "B L W"]
+    ) -> tuple[Float[Tensor, "B L W"], Float[Tensor, "B H L L"]]:
+        """Do as `forward` with the shares spelled out, which the fused kernel keeps to itself."""
+        query, key, value = self._heads(tokens)
+        shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        return self.proj((shares @ value).transpose(1, 2).flatten(2)), shares
+
+    def _heads(self, tokens: Float[Tensor, "B L W"]) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between them."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
+        """Treat every token alone."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
 
 
 def resize_position_embeddings(

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from albef_core.preprocess import decode_image
-from pipelines.ingest import perceptual_hash
 from pipelines.ingest_config import CleaningConfig, IngestConfig
 from pipelines.looks import Looks, likeness, look
 from pipelines.near_duplicates import near_groups, near_pairs
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.sources import list_records
 
 RADII = (0, 2, 4, 6, 8, 10, 12)

@@ -16,15 +16,10 @@ from pipelines.crawl_cleaning import Cleaned, clean
 from pipelines.crawl_rows import CrawlRows, count_words, read_rows
 from pipelines.crawl_shards import commit_planned, write_plan
 from pipelines.crawl_store import Crawl, read_crawl
-from pipelines.ingest import (
-    Summary,
-    make_manifest,
-    refuse_finished,
-    remove_shards,
-    run_units,
-)
+from pipelines.ingest import make_manifest, refuse_finished, remove_shards
 from pipelines.ingest_config import IngestConfig
 from pipelines.ingest_report import REPORT_FOLDER, IngestReport, write_report
+from pipelines.ingest_units import Summary, run_units
 from pipelines.manifest import Manifest, read_manifest, write_manifest
 from pipelines.records import Bad, count_bad
 from pipelines.sources import refuse_flags

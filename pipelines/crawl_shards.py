@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.crawl_store import ROWS_PER_GROUP, Crawl
-from pipelines.ingest import Summary, shard_bounds, shard_name
 from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_units import Summary, shard_bounds, shard_name
 from pipelines.manifest import write_shard
 from pipelines.picture_files import UNREADABLE_FILE, read_images
 from pipelines.records import DAMAGED, MISSING, UNREADABLE, Bad

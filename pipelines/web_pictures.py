@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from albef_core.preprocess import MAX_PIXELS, upright_rgb
 from pipelines.crawl_config import Resize
 from pipelines.crawl_failures import CORRUPT, NOT_AN_IMAGE, TOO_MANY_PIXELS, TOO_SMALL
-from pipelines.ingest import perceptual_hash
+from pipelines.perceptual_hash import perceptual_hash
 
 MAGIC = (
     (b"\xff\xd8\xff", 0, "JPEG"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from albef_core.image_encoder import look
+from albef_core.image_encoder import Block
 from albef_core.model import ALBEF, unit
 from albef_core.text_encoder import TextLayer
 
@@ -99,8 +99,9 @@ def itc_looks(
     tokens.requires_grad_()
     with torch.enable_grad():
         for number, block in enumerate(encoder.blocks[first:], first):
+            assert isinstance(block, Block)
             if number in layers:
-                tokens, shares[number] = look(block, tokens)
+                tokens, shares[number] = block.look(tokens)
             else:
                 tokens = block(tokens)
         image_features = unit(model.image_projection(encoder.norm(tokens)[:, 0]))

@@ -4,8 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 
 from albef_core.config import ModelConfig
+from albef_core.errors import InputError
 from albef_core.image_encoder import ImageEncoder, resize_position_embeddings
 from albef_core.model import ALBEF
 from tests.albef_core.replay import read_json
@@ -36,6 +38,36 @@ def test_a_resized_grid_keeps_the_class_token_and_a_constant() -> None:
 def test_a_grid_of_the_right_size_passes_bit_by_bit() -> None:
     embeddings = torch.randn(1, 17, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resize_position_embeddings(embeddings, num_patches=16), embeddings)
+
+
+def test_it_is_timms_vision_transformer_under_the_same_names(tiny_config: ModelConfig) -> None:
+    config = replace(tiny_config, image_layers=2)
+    timms = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.image_width,
+        depth=config.image_layers,
+        num_heads=config.image_heads,
+        mlp_ratio=config.image_mlp_ratio,
+        num_classes=0,
+    )
+    ours = ImageEncoder(config)
+    ours.load_state_dict(timms.state_dict())
+    images = torch.randn(2, 3, *2 * [config.image_size])
+    found, expected = ours(images), timms.forward_features(images)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, ours_part), timms_part in zip(
+        ours.named_parameters(), timms.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours_part.grad, timms_part.grad, msg=name)
+
+
+def test_a_picture_that_patches_do_not_divide_is_refused(tiny_model: ALBEF) -> None:
+    patch = tiny_model.image_encoder.patch_embed.patch_size
+    with pytest.raises(InputError, match=rf"{patch + 1} px cannot be cut into patches of {patch}"):
+        tiny_model.image_encoder(torch.zeros(1, 3, patch + 1, patch + 1))
 
 
 @pytest.mark.parametrize("size", [8, 16, 40])

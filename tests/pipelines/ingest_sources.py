@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipelines.ingest import Unit, commit_unit
 from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_units import Unit, commit_unit
 from pipelines.sources import list_records
 
 

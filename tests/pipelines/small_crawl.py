@@ -21,7 +21,7 @@ from pipelines.crawl_store import (
     Listed,
     write_crawl,
 )
-from pipelines.ingest import perceptual_hash
+from pipelines.perceptual_hash import perceptual_hash
 
 
 def key_of(url: str) -> bytes:

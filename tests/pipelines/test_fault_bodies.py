@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines.fault_bodies import BOMB_MIB, MIB, gzip_bomb, huge_png, jpeg, odd_picture
-from pipelines.ingest import perceptual_hash
+from pipelines.perceptual_hash import perceptual_hash
 
 
 def test_every_number_has_a_jpeg_of_its_own() -> None:

@@ -10,9 +10,11 @@ from PIL import Image
 from albef_core.errors import InputError
 from albef_core.preprocess import decode_image
 from pipelines import ingest as ingest_module
-from pipelines.ingest import Unit, commit_unit, ingest, perceptual_hash
+from pipelines.ingest import ingest
 from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_units import Unit, commit_unit
 from pipelines.manifest import SCHEMA, read_captions, read_columns, read_manifest
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.shapes import shapes_picture
 from pipelines.sources import list_records
 from tests.pipelines.ingest_sources import (

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from albef_core.errors import InputError
-from pipelines.ingest import Unit, commit_unit, ingest
+from pipelines.ingest import ingest
 from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_units import Unit, commit_unit
 from pipelines.records import count_bad
 from pipelines.sources import list_records
 from tests.pipelines.ingest_sources import (

@@ -9,7 +9,7 @@ from PIL import Image
 
 from albef_core.preprocess import decode_image
 from pipelines.crawl_config import Resize
-from pipelines.ingest import perceptual_hash
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.web_pictures import BadPictureError, PictureSpec, make_picture
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from albef_core.batch import PairBatch
-from albef_core.image_encoder import look as look_at_itself
 from albef_core.metrics import RIGHT_IOU, box_overlap, box_scores
 from albef_core.model import ALBEF
 from albef_core.tasks.grounding import (
@@ -218,11 +217,12 @@ def test_layers_come_in_the_order_asked_for(
         torch.testing.assert_close(alone.gradient, look.gradient)
 
 
-def test_a_spelled_out_block_is_timms(tiny_model: ALBEF, pairs: PairBatch) -> None:
+def test_a_spelled_out_block_is_the_fused_one(tiny_model: ALBEF, pairs: PairBatch) -> None:
     block: Any = tiny_model.image_encoder.blocks[0]
     tokens = tiny_model.image_encoder.embed(pairs.images)
-    found, _ = look_at_itself(block, tokens)
+    found, shares = block.look(tokens)
     torch.testing.assert_close(found, block(tokens))
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(shares.shape[:-1]))
 
 
 def by_hand() -> Look:
