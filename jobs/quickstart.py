@@ -22,6 +22,8 @@ def main() -> None:
         found = metrics["mean_recall"]
         interval = f"95 % interval {found.low:.1%} to {found.high:.1%}, chance {found.chance:.1%}"
         table.add_row(f"mean recall, {stage.upper()}", f"{found.value:.1%} ({interval})")
+    urls = ", ".join(f"{number:,} {state}" for state, number in summary.crawled.items() if number)
+    table.add_row("URLs crawled", urls)
     for stage, seconds in summary.seconds.items():
         table.add_row(stage, f"{seconds:.0f} s")
     table.add_row("model", summary.model_uri)

@@ -6,7 +6,12 @@ from aiohttp import web
 
 from pipelines import fault_bodies as bodies
 from pipelines.fault_bodies import Size
+from pipelines.shapes import shapes_picture
 
+SHAPES = "shapes"
+"""`/shapes-SEED/NUMBER.png` is a picture of the generated set."""
+CONTENT_TYPES = {SHAPES: "image/png", "mislabeled": "text/plain", "svg": "image/svg+xml"}
+"""What is not said to be a JPEG."""
 RETRY_AFTER_S = 1
 MAX_REDIRECTS = 3
 """... of `redirect`, which ends well."""
@@ -75,13 +80,9 @@ def answer(kind: str, name: str, size: Size, *, times: int, age_s: float) -> web
         return web.Response(status=429, headers={"Retry-After": str(RETRY_AFTER_S)})
     if aim := AIMS.get(kind) or _next_hop(kind, number, hop):
         return web.Response(status=302, headers={"Location": aim})
-    headers = {"Content-Type": "image/jpeg"}
+    headers = {"Content-Type": CONTENT_TYPES.get(what, "image/jpeg")}
     body = body_of(kind, number, size)
     match kind:
-        case "mislabeled":
-            headers["Content-Type"] = "text/plain"
-        case "svg":
-            headers["Content-Type"] = "image/svg+xml"
         case "gzipped":
             body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
         case "bomb":
@@ -97,6 +98,9 @@ def answer(kind: str, name: str, size: Size, *, times: int, age_s: float) -> web
 
 def body_of(kind: str, number: int, size: Size) -> bytes:
     """Give the body that a fault's URL ends with, unpacked; a JPEG of `size` unless it says so."""
+    what, _, seed = kind.partition("-")
+    if what == SHAPES:
+        return shapes_picture(int(seed), number).encoded
     if kind == "small":
         return bodies.jpeg(number, bodies.half(size))
     if kind in OF_HALF_SIZE or kind == "tiny":
@@ -124,7 +128,7 @@ def number_and_hop(name: str) -> tuple[int, int]:
     Raises:
         ValueError: there is no number.
     """
-    number, _, hop = name.rpartition("_")[2].removesuffix(".jpg").partition("-")
+    number, _, hop = name.rpartition("_")[2].partition(".")[0].partition("-")
     return int(number), int(hop or 0)
 
 

@@ -5,11 +5,13 @@
 
 It listens on loopback addresses alone: 127.0.0.1, 127.0.0.2, ..., each of which is a host of its
 own, and some for hosts that are faulty as a whole. Linux has them all; elsewhere they must be set
-up first. `/counts` tells how often each URL was asked for, and how often its answer was sent whole.
+up first. `/counts` tells how often each URL was asked for, and how often its answer was sent whole;
+`/shapes-SEED/NUMBER.png` is the generated set.
 """
 
 import argparse
 import asyncio
+import re
 import socket
 import struct
 import sys
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from pipelines.fault_answers import answer, number_and_hop, robots_txt
+from pipelines.fault_answers import SHAPES, answer, number_and_hop, robots_txt
 from pipelines.fault_bodies import MIB, Size, jpeg
 from pipelines.fault_list import FaultList, write_list, write_truth
 from pipelines.faults import FAULTS, PICTURE, host_addresses
@@ -47,6 +49,8 @@ class ServerOptions:
     """Width and height of the pictures."""
     drip_s: float = 1.0
     """Seconds between two bytes of `drip`."""
+    faulty_hosts: bool = True
+    """Listen for the hosts that are faulty as a whole, too."""
 
 
 class FaultServer:
@@ -77,6 +81,8 @@ class FaultServer:
         await runner.setup()
         self.port = self.options.port
         own = {fault.host for fault in FAULTS.values() if fault.host and fault.name != "refused"}
+        if not self.options.faulty_hosts:
+            own.clear()
         for address in [*host_addresses(self.options.num_hosts), *sorted(own)]:
             listener = socket.create_server((address, self.port), backlog=1024)
             self.port = listener.getsockname()[1]
@@ -96,7 +102,7 @@ class FaultServer:
             number, _hop = number_and_hop(name)
         except ValueError:
             return web.Response(status=404)
-        if kind != PICTURE and kind not in FAULTS:
+        if kind != PICTURE and kind not in FAULTS and not re.fullmatch(rf"{SHAPES}-\d+", kind):
             return web.Response(status=404)
         try:
             broken = await self._misbehave(request, kind, number)

@@ -1,4 +1,4 @@
-"""The whole pipeline once, small: generate, ingest, pre-train, evaluate, register, promote."""
+"""The whole pipeline once, small: crawl, ingest, pre-train, evaluate, register, promote."""
 
 import json
 import logging
@@ -15,15 +15,20 @@ from albef_core.metrics import Estimate
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig, QuickstartConfig
 from pipelines.config_file import write_config
+from pipelines.crawl import crawl
+from pipelines.crawl_config import CrawlConfig
+from pipelines.crawl_ingest import ingest_crawl
+from pipelines.crawl_report import CrawlReport
 from pipelines.evaluate import OnProgress, RetrievalResult, evaluate_retrieval
 from pipelines.evaluation_config import EvaluateConfig
 from pipelines.ingest import ingest
-from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_config import CleaningConfig, IngestConfig
 from pipelines.model_store import StoredModel
 from pipelines.order import steps_per_epoch
 from pipelines.presets import tiny
 from pipelines.promote import promote
 from pipelines.registry_config import Check, Gate, PromoteConfig
+from pipelines.shapes_web import shapes_server, write_shapes_list
 from pipelines.train import TrainResult, pretrain
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,8 @@ HEADLINE = "itm"
 """The stage whose mean recall is the result, named before anything is measured: ITM re-ranking of
 the top k, as in the paper. The better of both on the test pictures would be picked by them."""
 TOP_K = 16
+CONNECTIONS = 32
+"""At once to the server of the pictures, which is our own."""
 MODEL = "albef-quickstart"
 """Name in the registry: a quickstart is never weighed against somebody's real champion."""
 
@@ -62,6 +69,8 @@ class QuickstartSummary:
     """Mean recall of guessing."""
     times_chance: float
     num_held_out: int
+    crawled: dict[str, int]
+    """URLs listed, by what became of them; `failed` are the dead links."""
     corpus_id: str
     held_out_corpus_id: str
     run_id: str
@@ -101,13 +110,21 @@ def quickstart(
 
     with stage("start Ray"):
         connect()
+    with stage("crawl"):
+        crawled = crawl_shapes(config, out)
     with stage("ingest"), bars() as show:
-        train = ingest(
-            _pictures(config, training.corpus), on_progress=partial(show, "pictures to train on")
+        train = ingest_crawl(
+            _crawled(config, crawled.folder, training.corpus),
+            on_progress=partial(show, "pictures to train on"),
         )
     with stage("ingest held out"), bars() as show:
         held_out = ingest(
-            _pictures(config, out / "held-out", held_out=True),
+            IngestConfig(
+                source="shapes",
+                out=out / "held-out",
+                num_images=config.num_held_out,
+                seed=config.seed + HELD_OUT_SEED,
+            ),
             on_progress=partial(show, "held-out pictures"),
         )
     with stage("pre-train and register"):
@@ -126,6 +143,7 @@ def quickstart(
         promoted = promote_quickstart(run.stored, held_out.folder, out / "gate.yaml")
     seconds["total"] = round(sum(seconds.values()), 1)
     folders = {
+        "crawl": str(crawled.folder),
         "corpus": str(train.folder),
         "held_out": str(held_out.folder),
         "run": str(run.run_dir),
@@ -133,7 +151,9 @@ def quickstart(
         "retrieval": str(out / "retrieval.json"),
         "gate": str(out / "gate.yaml"),
     }
-    summary = _summary(run, found, promoted, seconds=seconds, folders=folders)
+    summary = _summary(
+        run, found, promoted, crawled=crawled.states, seconds=seconds, folders=folders
+    )
     (out / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
     return summary
 
@@ -143,6 +163,7 @@ def _summary(
     found: RetrievalResult,
     promoted: tuple[str, str],
     *,
+    crawled: dict[str, int],
     seconds: dict[str, float],
     folders: dict[str, str],
 ) -> QuickstartSummary:
@@ -155,6 +176,7 @@ def _summary(
         chance=headline.chance,
         times_chance=round(headline.value / headline.chance, 2),
         num_held_out=found.num_images,
+        crawled=crawled,
         corpus_id=run.corpus_id,
         held_out_corpus_id=found.corpus_id,
         run_id=run.handle.run_id,
@@ -212,10 +234,21 @@ def _clear(out: Path) -> None:
     (out / MARK).touch()
 
 
-def _pictures(config: QuickstartConfig, folder: Path, *, held_out: bool = False) -> IngestConfig:
-    return IngestConfig(
-        source="shapes",
-        out=folder,
-        num_images=config.num_held_out if held_out else config.num_images,
-        seed=config.seed + (HELD_OUT_SEED if held_out else 0),
-    )
+def crawl_shapes(config: QuickstartConfig, out: Path) -> CrawlReport:
+    """Fetch the pictures to train on from a list of URLs, as those of the web are fetched."""
+    source = out / "shapes.tsv"
+    with shapes_server() as server:
+        write_shapes_list(source, port=server.port, seed=config.seed, num_images=config.num_images)
+        asked = CrawlConfig(
+            out=out / "crawl",
+            source=(str(source),),
+            allow_private_hosts=True,
+            connections_per_host=CONNECTIONS,
+        )
+        return crawl(asked).report
+
+
+def _crawled(config: QuickstartConfig, crawled: Path, folder: Path) -> IngestConfig:
+    """Ask for a corpus of all that was fetched: drawings are small, and alike."""
+    everything = CleaningConfig(min_side=0, exact_duplicates=False, near_radius=-1)
+    return IngestConfig(source=str(crawled), out=folder, seed=config.seed, cleaning=everything)

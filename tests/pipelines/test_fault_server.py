@@ -15,6 +15,7 @@ from pipelines.fault_answers import HOPS, OPT_OUTS
 from pipelines.fault_bodies import half, jpeg
 from pipelines.fault_server import FaultServer, ServerOptions, fault_server
 from pipelines.faults import FAULTS
+from pipelines.shapes import shapes_picture
 
 SIZE = (160, 120)
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,14 @@ def test_a_picture_is_served_and_counted(server: FaultServer) -> None:
     assert answer.headers["Content-Type"] == "image/jpeg"
     counts = get(server, "/counts").body.decode()
     assert re.search(rf'"requests": {{.*"{url}": 1.*"served": {{.*"{url}": 1', counts)
+
+
+def test_the_generated_set_is_served_by_seed_and_number(server: FaultServer) -> None:
+    answer = get(server, "/shapes-7/12.png")
+
+    assert answer.body == shapes_picture(7, 12).encoded
+    assert answer.headers["Content-Type"] == "image/png"
+    assert get(server, "/shapes-x/12.png").status == 404
 
 
 @pytest.mark.parametrize("code", [403, 404, 410, 500, 503])

@@ -1,5 +1,6 @@
 """The quickstart through every stage, with few pictures and few steps."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from albef_core.weights import load_model
 from pipelines.config import QuickstartConfig
 from pipelines.config_file import read_config
 from pipelines.evaluate import OnProgress
+from pipelines.manifest import read_manifest, read_rows
 from pipelines.model_store import StoredModel, verify
 from pipelines.quickstart import promote_quickstart, quickstart
+from pipelines.shapes import shapes_picture, true_captions
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,10 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "kept"
 
 
+def captions_of(num_images: int) -> int:
+    return sum(len(true_captions(0, index)) for index in range(num_images))
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_every_stage_runs_and_the_headline_is_the_one_named_beforehand(
@@ -72,6 +79,15 @@ def test_every_stage_runs_and_the_headline_is_the_one_named_beforehand(
     assert read_config(config.out / "config.json", QuickstartConfig) == config
     assert load_model(summary.folders["model"]).report.missing == ()
     assert last["pictures to train on"] == (64, 64)
+    dead = len(range(20, 65, 20))
+    listed = dict.fromkeys(["refused", "pending"], 0) | {"ok": 64, "failed": dead}
+    assert written["crawled"] == listed | {"duplicate": captions_of(64) - 64}
+    corpus = read_manifest(Path(summary.folders["corpus"]))
+    rows = list(read_rows(corpus, ["sha256", "captions"]))
+    drawn = [shapes_picture(0, index) for index in range(64)]
+    assert {(digest, *captions) for digest, captions in rows} == {
+        (hashlib.sha256(one.encoded).digest(), *one.captions) for one in drawn
+    }
     assert last["held-out pictures"] == (24, 24)
     assert last["images"] == (24, 24)
     assert written["champion_uri"] == written["model_uri"] == "models:/albef-quickstart/1"
