@@ -13,7 +13,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## install everything into .venv, once per change of requirements.lock
 
-quickstart: $(READY)  ## ingest, pre-train, evaluate and register a small ALBEF, in minutes
+quickstart: $(READY)  ## crawl, pre-train, evaluate and register a small ALBEF, in minutes
 	$(BIN)/python jobs/quickstart.py
 
 check: $(READY)  ## format, lint, types, import contracts and spelling, in under a minute

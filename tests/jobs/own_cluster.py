@@ -18,6 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
 from benchmarks.training_process import descendants, kill_all
+from tests.processes import free_port, start_mlflow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -41,7 +42,7 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
     scratch = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need a short path
     dashboard, port, mlflow_port = free_port(), free_port(), free_port()
     uri = f"http://127.0.0.1:{mlflow_port}"
-    mlflow = start_mlflow(folder, mlflow_port)
+    mlflow, mlflow_log = start_mlflow(folder, mlflow_port, clean_environment())
     log = folder / "ray.log"
     head = start_node(
         log,
@@ -60,7 +61,7 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
     )
     nodes: list[psutil.Popen] = []
     try:
-        wait_for_port(mlflow_port, mlflow, folder / "mlflow.log")
+        wait_for_port(mlflow_port, mlflow, mlflow_log)
         wait_for_port(dashboard, head, log)
         for number in ("1", "2"):
             # Folders of their own, as machines have: a node that unpacks the working directory
@@ -96,15 +97,6 @@ def start_node(log: Path, *flags: str, **env: str) -> psutil.Popen:
         )
 
 
-def start_mlflow(folder: Path, port: int) -> psutil.Popen:
-    """Start a server over SQLite that keeps artifacts itself."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "mlflow.log").open("a") as file:
-        return psutil.Popen(command, env=clean_environment(), cwd=folder, stdout=file, stderr=file)
-
-
 def clean_environment() -> dict[str, str]:
     """Give the environment of a shell that knows no other Ray."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
@@ -116,12 +108,6 @@ def clean_environment() -> dict[str, str]:
         "RAY_kill_idle_workers_interval_ms": "0",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_port(port: int, process: psutil.Popen, log: Path) -> None:

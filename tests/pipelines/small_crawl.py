@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from albef_core.preprocess import decode_image
+from pipelines.crawl_listing import add_lists
 from pipelines.crawl_store import (
     LEDGER_SCHEMA,
     OK,
@@ -22,6 +23,20 @@ from pipelines.crawl_store import (
     write_crawl,
 )
 from pipelines.perceptual_hash import perceptual_hash
+from pipelines.url_lists import find_list
+
+
+def listed_crawl(folder: Path, source: Path) -> Crawl:
+    """Make a crawl of one partition that has one list, and has fetched nothing."""
+    crawl = Crawl(
+        version=VERSION,
+        num_partitions=1,
+        lists=(),
+        settings={},
+        tool_version="test",
+        folder=folder,
+    )
+    return add_lists(crawl, [find_list(str(source))], on_progress=lambda rows: None)
 
 
 def key_of(url: str) -> bytes:

@@ -9,14 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.crawl_config import CrawlConfig
-from pipelines.crawl_listing import add_lists
-from pipelines.crawl_store import VERSION, Crawl
 from pipelines.fault_list import FaultList, find_differences, write_list, write_truth
 from pipelines.fault_server import FaultServer, ServerOptions, fault_server
 from pipelines.faults import FAULTS
 from pipelines.fetcher import Connections, PartitionCrawl, Progress
-from pipelines.url_lists import find_list
 from pipelines.urls import canonical_url
+from tests.pipelines.small_crawl import listed_crawl
 
 SIZE, NUM_HOSTS, NUM_ROWS = (128, 96), 12, 260
 
@@ -40,15 +38,7 @@ def crawled(server: FaultServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     write_list(rows, folder / "list.tsv")
     write_truth(rows, folder / "truth.parquet")
-    crawl = Crawl(
-        version=VERSION,
-        num_partitions=1,
-        lists=(),
-        settings={},
-        tool_version="test",
-        folder=folder / "crawl",
-    )
-    crawl = add_lists(crawl, [find_list(str(folder / "list.tsv"))], on_progress=lambda rows: None)
+    crawl = listed_crawl(folder / "crawl", folder / "list.tsv")
     config = CrawlConfig(
         out=crawl.folder,
         allow_private_hosts=True,

@@ -9,12 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.crawl_config import CrawlConfig
-from pipelines.crawl_listing import add_lists
 from pipelines.crawl_progress import Progress
-from pipelines.crawl_store import VERSION, Crawl
+from pipelines.crawl_store import Crawl
 from pipelines.fetcher import Connections, PartitionCrawl
-from pipelines.url_lists import find_list
 from tests.pipelines.crawl_server import CrawlServer, crawl_server, jpeg
+from tests.pipelines.small_crawl import listed_crawl
 
 FAST = {
     "backoff_s": 0.02,
@@ -44,15 +43,7 @@ def listed(folder: Path, urls: list[str], name: str = "list.tsv") -> Crawl:
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text("".join(f"{url}\tcaption {i}\n" for i, url in enumerate(urls)))
-    crawl = Crawl(
-        version=VERSION,
-        num_partitions=1,
-        lists=(),
-        settings={},
-        tool_version="test",
-        folder=folder / "crawl",
-    )
-    return add_lists(crawl, [find_list(str(path))], on_progress=lambda rows: None)
+    return listed_crawl(folder / "crawl", path)
 
 
 def fetch(crawl: Crawl, *, stop_after: int | None = None, **options: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -20,6 +20,7 @@ from albef_core.errors import InputError
 from pipelines import tracking
 from pipelines.config import PretrainConfig
 from pipelines.tracking import RunHandle, Tracker, flatten, open_run
+from tests.processes import free_port, start_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -312,26 +313,19 @@ def test_a_server_that_goes_down_does_not_stop_the_run(monkeypatch, caplog):
     assert sum("does not answer" in record.message for record in caplog.records) == 1
 
 
-def start_server(store: Path, port: int) -> subprocess.Popen:
+def start_server(store: Path, port: int) -> psutil.Popen:
     """Start a real server over the file's own store; wait until it answers."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{store}/mlflow.db"]
-    command += ["--artifacts-destination", str(store / "served")]
-    with (store / "server.log").open("a") as log:
-        # A session of its own: what it starts is killed with it.
-        server = subprocess.Popen(
-            command, cwd=store, stdout=log, stderr=log, start_new_session=True
-        )
+    server, log = start_mlflow(store, port)
     for _ in range(600):
-        assert server.poll() is None, (store / "server.log").read_text()
+        assert server.poll() is None, log.read_text()
         with contextlib.suppress(InputError):
             tracking.check_server(f"http://127.0.0.1:{port}")
             return server
         time.sleep(0.1)
-    raise AssertionError((store / "server.log").read_text())
+    raise AssertionError(log.read_text())
 
 
-def kill_server(server: subprocess.Popen) -> None:
+def kill_server(server: psutil.Popen) -> None:
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
@@ -341,9 +335,7 @@ def test_a_real_server_that_is_killed_and_started_again_misses_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     server = start_server(store, port)
     try:
