@@ -28,7 +28,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 class Options:
     """What to sweep, and when to kill."""
 
-    steps: int = 600
+    steps: int = 540
     """Steps of a trial that nothing stops, of 32 pairs."""
     trials: int = 12
     confirm_seeds: int = 3
