@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray.data  # sets up its loggers, which connect() then turns down
 
 from albef_core.errors import InputError, Preempted
-from pipelines import tracking
 from pipelines.cluster import connect, may_grow
 from pipelines.config_file import write_config
 from pipelines.crawl_config import CrawlConfig
@@ -140,6 +138,8 @@ def _tracked(config: CrawlConfig, made: Crawl) -> CrawlResult:
     if not config.track:
         report = _fetch_and_report(config, made)
         return CrawlResult(report=report, run_id="", tracking_uri="")
+    from pipelines import tracking  # noqa: PLC0415  # MLflow takes 2 s, and a crawl may do without
+
     run = tracking.open_run(
         config.experiment,
         made.folder,
@@ -218,10 +218,10 @@ def _fetch(config: CrawlConfig, made: Crawl, wanted: dict[int, int], num_actors:
 def _run_actors(
     config: CrawlConfig, made: Crawl, order: list[int], num_actors: int, board: Any
 ) -> bool:
-    # Dealt out like cards, so that each actor has as much to do as any other.
-    shares = [order[first::num_actors] for first in range(num_actors)]
-    blocks = [pa.table({"partition": pa.array(share, pa.int64())}) for share in shares]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # Dealt out like cards, so that each actor has as much to do as any other; a block is its share.
+    dealt = [partition for first in range(num_actors) for partition in order[first::num_actors]]
+    rows = [{"partition": partition} for partition in dealt]
+    dataset = ray.data.from_items(rows, override_num_blocks=num_actors).map_batches(
         Fetcher,
         fn_constructor_args=(made, config, board),
         batch_size=None,

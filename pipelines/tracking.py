@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -29,13 +29,15 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from albef_core.errors import InputError
 from pipelines.outbox import Outbox
+
+if TYPE_CHECKING:  # a run without figures need not load it
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +262,7 @@ class Tracker:
         """Set a tag of the run."""
         self._outbox.put(lambda: self._client.set_tag(self.handle.run_id, key, value))
 
-    def log_figure(self, figure: Figure, path: str) -> None:
+    def log_figure(self, figure: "Figure", path: str) -> None:
         """Store a figure as the artifact `path` (`.png`, `.pdf` or `.svg`)."""
         file = self._new_file(path)
         figure.savefig(file, bbox_inches="tight", dpi=120)
