@@ -9,7 +9,7 @@ from PIL import Image
 
 from albef_core.errors import InputError
 from albef_core.preprocess import decode_image
-from pipelines import ingest as ingest_module
+from pipelines import ingest_units
 from pipelines.ingest import ingest
 from pipelines.ingest_config import IngestConfig
 from pipelines.ingest_units import Unit, commit_unit
@@ -350,10 +350,10 @@ def test_content_id_does_not_depend_on_sharding(tmp_path, local_ray):
 @pytest.mark.cluster
 def test_a_killed_task_is_done_again(shapes_config, tmp_path, monkeypatch, local_ray):
     expected = ingest(shapes_config).content_id
-    marker, commit_once_more = tmp_path / "killed", ingest_module._commit_batch
+    marker, commit_once_more = tmp_path / "killed", ingest_units._commit_batch
 
     def commit_and_die_once(batch, **options):
-        whole = ingest_module.decode_image
+        whole = ingest_units.decode_image
 
         def decode(data):
             if not marker.exists():
@@ -361,13 +361,13 @@ def test_a_killed_task_is_done_again(shapes_config, tmp_path, monkeypatch, local
                 os.kill(os.getpid(), signal.SIGKILL)
             return whole(data)
 
-        ingest_module.decode_image = decode
+        ingest_units.decode_image = decode
         try:
             return commit_once_more(batch, **options)
         finally:
-            ingest_module.decode_image = whole
+            ingest_units.decode_image = whole
 
-    monkeypatch.setattr(ingest_module, "_commit_batch", commit_and_die_once)
+    monkeypatch.setattr(ingest_units, "_commit_batch", commit_and_die_once)
     report = ingest(config_of("shapes", tmp_path / "again", num_images=50, rows_per_shard=16))
     assert marker.exists()
     assert report.content_id == expected
