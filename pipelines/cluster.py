@@ -33,6 +33,8 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It would say, once a command, how to get its bars back.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
