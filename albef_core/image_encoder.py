@@ -43,7 +43,11 @@ class ImageEncoder(nn.Module):
         return self.norm(tokens)
 
     def embed(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B L W"]:
-        """Give the tokens that the first block receives."""
+        """Give the tokens that the first block receives.
+
+        Raises:
+            InputError: the side is no multiple of the patch.
+        """
         patches = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return tokens + resize_position_embeddings(self.pos_embed, num_patches=patches.shape[1])

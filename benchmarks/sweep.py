@@ -3,7 +3,7 @@
 Generates two corpora, one to learn from in which 40 % of the captions belong to other pictures, and
 one to measure on. Sweeps alpha and learning rate against alpha 0, kills one trial and then the
 command itself with -9, gives the command again, and prints its answer and the time of it all. Needs
-some 20 minutes on two cores that do nothing else.
+half an hour on two cores that do nothing else.
 """
 
 import os

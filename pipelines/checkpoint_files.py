@@ -67,7 +67,7 @@ class State:
 
 def running_versions() -> dict[str, str]:
     """Give the versions of the packages that the numbers of a training depend on."""
-    return {name: version(name) for name in ("torch", "ray", "mlflow", "timm")}
+    return {name: version(name) for name in ("torch", "ray", "mlflow")}
 
 
 def read_mark(path: Path) -> FileMark:

@@ -35,7 +35,7 @@ class Progress:
     num_open: int = 0
     """URLs under way."""
     memory: int = 0
-    """Resident bytes of the process."""
+    """Resident bytes of the process; of a board, of all actors."""
 
     @property
     def num_ended(self) -> int:
@@ -83,7 +83,7 @@ class View:
         self._board, self._total = board, total
         self.seen = Progress()
         """What the board said last."""
-        self._is_passed_on = self._is_lost = False
+        self._is_told = self._is_passed_on = self._is_lost = False
         self._points: list[tuple[float, int]] = [(time.monotonic(), 0)]
 
     def watch(self, worker: threading.Thread, is_stopped: threading.Event) -> None:
@@ -107,10 +107,12 @@ class View:
                     return
 
     def _look(self, is_stopped: threading.Event) -> None:
+        if is_stopped.is_set() and not self._is_told:
+            logger.warning("asked to stop: what was fetched is committed first")
+            self._is_told = True
         try:
             if is_stopped.is_set() and not self._is_passed_on:
                 ray.get(self._board.stop.remote(), timeout=5)
-                logger.warning("asked to stop: what was fetched is committed")
                 self._is_passed_on = True
             found: Any = ray.get(self._board.read.remote(), timeout=5)
             self.seen = found

@@ -16,7 +16,7 @@ from pipelines.doctor_finding import Finding, Problem
 from pipelines.manifest import MANIFEST_NAME
 from pipelines.tracking import git_commit
 
-PACKAGES = ("torch", "ray", "mlflow", "timm")
+PACKAGES = ("torch", "ray", "mlflow")
 MAX_CLOCK_OFFSET_S = 1.0
 ROUND_TRIPS = 3
 

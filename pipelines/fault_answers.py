@@ -97,7 +97,7 @@ def answer(kind: str, name: str, size: Size, *, times: int, age_s: float) -> web
 
 
 def body_of(kind: str, number: int, size: Size) -> bytes:
-    """Give the body that a fault's URL ends with, unpacked; a JPEG of `size` unless it says so."""
+    """Give the body that a URL ends with, unpacked; a JPEG of `size` unless the fault says so."""
     what, _, seed = kind.partition("-")
     if what == SHAPES:
         return shapes_picture(int(seed), number).encoded
@@ -123,7 +123,9 @@ def body_of(kind: str, number: int, size: Size) -> bytes:
 
 
 def number_and_hop(name: str) -> tuple[int, int]:
-    """Read `17.jpg`, or `17-2.jpg` behind two redirects; letters before the number are passed by.
+    """Read `17.jpg` or `17.png`, or `17-2.jpg` behind two redirects.
+
+    Letters before the number are passed by.
 
     Raises:
         ValueError: there is no number.

@@ -54,7 +54,7 @@ class ServerOptions:
 
 
 class FaultServer:
-    """Answers by path, `/FAULT/NUMBER.jpg`, and counts."""
+    """Answers by path, `/FAULT/NUMBER.jpg` or `/shapes-SEED/NUMBER.png`, and counts."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options

@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import ray
+from ray.exceptions import RayError
 
 from pipelines.crawl_config import CrawlConfig
 from pipelines.crawl_failures import find_failure
@@ -348,4 +349,7 @@ class Fetcher:
         return await asyncio.gather(*map(work, partitions))
 
     async def _tell(self, progress: Progress) -> bool:
-        return await self._board.note.remote(self._process, progress)
+        try:
+            return await self._board.note.remote(self._process, progress)
+        except RayError:
+            return False  # a crawl that nobody can watch any more goes on

@@ -62,7 +62,6 @@ REQUIREMENTS = (
     "pandas",
     "pillow",
     "safetensors",
-    "timm",
     "tokenizers",
     "torch",
 )

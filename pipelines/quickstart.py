@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from albef_core.errors import InputError
+import ray
+
+from albef_core.errors import InputError, Preempted
 from albef_core.metrics import Estimate
 from pipelines.cluster import connect
 from pipelines.config import PretrainConfig, QuickstartConfig
@@ -43,6 +45,8 @@ the top k, as in the paper. The better of both on the test pictures would be pic
 TOP_K = 16
 CONNECTIONS = 32
 """At once to the server of the pictures, which is our own."""
+EXPERIMENT = "albef-quickstart"
+"""Of all its MLflow runs."""
 MODEL = "albef-quickstart"
 """Name in the registry: a quickstart is never weighed against somebody's real champion."""
 
@@ -92,8 +96,19 @@ def quickstart(
     `bars` opens what shows the progress of ingest and evaluation; the training shows its own.
 
     Raises:
-        InputError: the flags are impossible, or the folder exists and was not made by a quickstart.
+        InputError: the flags are impossible, the folder exists and was not made by a quickstart, or
+            Ray has other machines.
+        Preempted: it was asked to stop.
     """
+    try:
+        return _run(config, bars)
+    except Preempted as stop:
+        raise Preempted("stopped: the same command starts the quickstart anew.") from stop
+
+
+def _run(
+    config: QuickstartConfig, bars: Callable[[], AbstractContextManager[OnProgress]]
+) -> QuickstartSummary:
     out = config.out.absolute()
     training = _training(config, out)
     steps_per_epoch(config.num_images, config.batch_size)  # refuses more pairs than pictures
@@ -110,8 +125,13 @@ def quickstart(
 
     with stage("start Ray"):
         connect()
+        if len([node for node in ray.nodes() if node["Alive"]]) > 1:
+            raise InputError(
+                "the quickstart is for one machine, whose own web server it crawls, and this Ray"
+                " has several. Unset RAY_ADDRESS."
+            )
     with stage("crawl"):
-        crawled = crawl_shapes(config, out)
+        crawled = _crawl_shapes(config, out)
     with stage("ingest"), bars() as show:
         train = ingest_crawl(
             _crawled(config, crawled.folder, training.corpus),
@@ -217,7 +237,7 @@ def _training(config: QuickstartConfig, out: Path) -> PretrainConfig:
         batch_size=config.batch_size,
         workers=config.workers,
         seed=config.seed,
-        experiment="albef-quickstart",
+        experiment=EXPERIMENT,
         register=MODEL,
     )
 
@@ -234,7 +254,7 @@ def _clear(out: Path) -> None:
     (out / MARK).touch()
 
 
-def crawl_shapes(config: QuickstartConfig, out: Path) -> CrawlReport:
+def _crawl_shapes(config: QuickstartConfig, out: Path) -> CrawlReport:
     """Fetch the pictures to train on from a list of URLs, as those of the web are fetched."""
     source = out / "shapes.tsv"
     with shapes_server() as server:
@@ -244,11 +264,20 @@ def crawl_shapes(config: QuickstartConfig, out: Path) -> CrawlReport:
             source=(str(source),),
             allow_private_hosts=True,
             connections_per_host=CONNECTIONS,
+            experiment=EXPERIMENT,
         )
         return crawl(asked).report
 
 
 def _crawled(config: QuickstartConfig, crawled: Path, folder: Path) -> IngestConfig:
     """Ask for a corpus of all that was fetched: drawings are small, and alike."""
-    everything = CleaningConfig(min_side=0, exact_duplicates=False, near_radius=-1)
-    return IngestConfig(source=str(crawled), out=folder, seed=config.seed, cleaning=everything)
+    everything = CleaningConfig(
+        min_side=0, max_aspect=0.0, min_words=0, exact_duplicates=False, near_radius=-1
+    )
+    return IngestConfig(
+        source=str(crawled),
+        out=folder,
+        seed=config.seed,
+        cleaning=everything,
+        experiment=EXPERIMENT,
+    )

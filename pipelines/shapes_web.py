@@ -1,5 +1,6 @@
 """The generated set as the web has pictures: at URLs, of which some are dead."""
 
+import errno
 import logging
 import socket
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ def shapes_server() -> AbstractContextManager[FaultServer]:
     try:
         socket.create_server((HOST, PORT)).close()
         port = PORT
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
         logger.warning("port %d is taken: pictures have other URLs, and so other ids", PORT)
         port = 0
     return fault_server(ServerOptions(port=port, num_hosts=1, faulty_hosts=False))

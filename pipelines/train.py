@@ -222,7 +222,7 @@ def train(
 
 def _fit(job: TrainJob, *, on_measured: OnMeasured) -> None:
     """Train until the last step is done, or until all have stopped: by workers, or alone."""
-    # As bytes: Ray's controller would import torch, timm and MLflow only to hand it on.
+    # As bytes: Ray's controller would import torch and MLflow only to hand it on.
     settings = {"job": cloudpickle.dumps(job)}  # pyright: ignore[reportPrivateImportUsage]  # Ray documents it
     work = partial(train_loop, settings) if not job.config.workers else _trainer(job, settings).fit
     title = f"training {job.config.name}"

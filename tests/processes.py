@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -46,3 +47,9 @@ def start_mlflow(
             command, env=dict(env), cwd=folder, stdout=file, stderr=file, start_new_session=True
         )
     return process, log
+
+
+def kill_session(process: psutil.Popen) -> None:
+    """Kill -9 a process that has a session of its own, with all of that."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -88,7 +88,9 @@ print(len(names))
 
 
 def test_albef_core_imports_where_ray_and_mlflow_are_absent() -> None:
-    program = IMPORT_ALL.format(package="albef_core", absent={"ray", "mlflow", "pipelines"})
+    # timm, which brings torchvision and torch's compiler, is there for starting weights on the hub.
+    absent = {"ray", "mlflow", "pipelines", "timm"}
+    program = IMPORT_ALL.format(package="albef_core", absent=absent)
 
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
@@ -96,6 +98,17 @@ def test_albef_core_imports_where_ray_and_mlflow_are_absent() -> None:
 
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) >= 10
+
+
+@pytest.mark.parametrize("absent", ["mlflow", "torch"])
+def test_a_crawl_without_a_run_starts_without(absent: str) -> None:
+    program = f"import sys, pipelines.crawl; sys.exit({absent!r} in sys.modules)"
+
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize(

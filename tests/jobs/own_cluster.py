@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
 from benchmarks.training_process import descendants, kill_all
-from tests.processes import free_port, start_mlflow
+from tests.processes import free_port, kill_session, start_mlflow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -72,8 +72,9 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
         wait_for_nodes(address, (head, *nodes), log)
         yield Cluster(address, scratch, uri, (nodes[0], nodes[1]))
     finally:
-        for process in (*nodes, head, mlflow):
+        for process in (*nodes, head):
             kill(process)
+        kill_session(mlflow)
         for pid in processes_of(scratch):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

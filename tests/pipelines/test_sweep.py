@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal
 
 import psutil
@@ -70,17 +70,22 @@ def found(local_ray: None, small_corpus: SmallCorpus, val: Path, root: Path) -> 
 
     A trial is killed as soon as one has measured something.
     """
-    killer = Thread(target=kill_a_trial, args=[root / "runs" / "search" / "trials"], daemon=True)
+    is_over = Event()
+    killer = Thread(target=kill_a_trial, args=[root / "runs" / "search" / "trials", is_over])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
         config = small_sweep(small_corpus.folder, val, root, trials=5)
         killer.start()
-        return sweep(config, preset="tiny", start=tiny())
+        try:
+            return sweep(config, preset="tiny", start=tiny())
+        finally:
+            is_over.set()
+            killer.join()
 
 
-def kill_a_trial(folder: Path) -> None:
-    """Kill -9 the process of a trial that has measured something and goes on."""
-    while True:
+def kill_a_trial(folder: Path, is_over: Event) -> None:
+    """Kill -9 the process of a trial, once one has measured something and goes on."""
+    while not is_over.is_set():
         for record in folder.glob("*/trial.json"):
             if json.loads(record.read_text())["is_done"]:
                 continue

@@ -1,9 +1,7 @@
 import contextlib
 import json
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +18,7 @@ from albef_core.errors import InputError
 from pipelines import tracking
 from pipelines.config import PretrainConfig
 from pipelines.tracking import RunHandle, Tracker, flatten, open_run
-from tests.processes import free_port, start_mlflow
+from tests.processes import free_port, kill_session, start_mlflow
 
 
 @pytest.fixture(scope="module")
@@ -325,11 +323,6 @@ def start_server(store: Path, port: int) -> psutil.Popen:
     raise AssertionError(log.read_text())
 
 
-def kill_server(server: psutil.Popen) -> None:
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
 @pytest.mark.slow
 def test_a_real_server_that_is_killed_and_started_again_misses_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -344,7 +337,7 @@ def test_a_real_server_that_is_killed_and_started_again_misses_nothing(
         for step in range(50):
             tracker.log({"loss": 1 / (step + 1)}, step)
         assert tracker.flush()
-        kill_server(server)
+        kill_session(server)
         for step in range(50, 100):
             tracker.log({"loss": 1 / (step + 1)}, step)
         tracker.log_dict({"while": "down"}, "note.json")
@@ -361,7 +354,7 @@ def test_a_real_server_that_is_killed_and_started_again_misses_nothing(
         assert [file.path for file in client.list_artifacts(run.run_id)] == ["note.json"]
         assert client.get_run(run.run_id).info.status == "FINISHED"
     finally:
-        kill_server(server)
+        kill_session(server)
     said = [record.message for record in caplog.records if "MLflow at" in record.message]
     assert len(said) == 2
     assert "the run goes on and sends later" in said[0]
