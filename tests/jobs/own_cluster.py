@@ -67,7 +67,7 @@ def own_cluster(folder: Path) -> Iterator[Cluster]:
             # Folders of their own, as machines have: a node that unpacks the working directory
             # again would take it away from under a job of another.
             flags = f"--address=127.0.0.1:{port}", f"--temp-dir={scratch}/{number}"
-            nodes += [start_node(log, "--num-cpus=4", *flags)]
+            nodes += [start_node(log, "--num-cpus=2", *flags)]
         address = f"http://127.0.0.1:{dashboard}"
         wait_for_nodes(address, (head, *nodes), log)
         yield Cluster(address, scratch, uri, (nodes[0], nodes[1]))

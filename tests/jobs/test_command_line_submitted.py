@@ -111,7 +111,7 @@ def test_a_submitted_training_outlives_a_node_and_ends_with_a_run_and_a_model(
     cluster: Cluster, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:
     # So much that a node holds one worker, and two tasks of the feed beside it.
-    flags = "--workers 2 --min-workers 1 --worker-cpus 2.4 --feed-cpus 0.8 --placement SPREAD"
+    flags = "--workers 2 --min-workers 1 --worker-cpus 1.2 --feed-cpus 0.4 --placement SPREAD"
     flags += f" --steps {STEPS} --log-every 1 --checkpoint-every {EVERY} {SMALL} --name submitted"
     paths = f"--corpus {small_corpus.folder} --storage {tmp_path / 'runs'}"
     run_dir = tmp_path / "runs" / "submitted"

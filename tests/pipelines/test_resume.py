@@ -25,6 +25,8 @@ from tests.conftest import SmallCorpus
 from tests.pipelines.test_train import small_run
 
 STEPS = 24
+STEP_TIMEOUT_S = 30
+"""So long may a group of workers take to start on a busy machine."""
 CURVES = ("train/loss/total", "train/loss/itc", "train/loss/itm", "train/loss/mlm")
 
 
@@ -133,7 +135,7 @@ def test_a_worker_freezes_another_is_killed_and_every_loss_and_tensor_is_the_sam
     killer = when_step_is_reached(run_dir, 15, lambda: train_workers()[-1].kill())
     try:
         with caplog.at_level(logging.WARNING):
-            pretrain(run_of(small_corpus, tmp_path, step_timeout_s=12))
+            pretrain(run_of(small_corpus, tmp_path, step_timeout_s=STEP_TIMEOUT_S))
         freezer.join()
         killer.join()
         assert not frozen[0].is_running()
@@ -142,7 +144,7 @@ def test_a_worker_freezes_another_is_killed_and_every_loss_and_tensor_is_the_sam
             if process.is_running():
                 process.kill()
     # The other worker waits for the frozen one, in the middle of a step or of an agreement.
-    named = r"rank \d: no step for 1\d s: stuck in (step|collective) since step \d+ \(1?\d s\)"
+    named = r"rank \d: no step for 3\d s: stuck in (step|collective) since step \d+ \([23]?\d s\)"
     assert re.search(named, caplog.text)
     assert_equal(tmp_path, undisturbed)
 

@@ -225,4 +225,4 @@ def test_trials_may_go_on_from_better_ones_and_a_model_may_propose_settings(
 
     assert [trial.status for trial in found.trials] == ["finished"] * 2
     assert all(t.measured[-1][0] == 4 * BATCH for t in found.trials)
-    assert found.trials[0].point["objective.alpha"] == 0.4 or scheduler == "pbt"
+    assert 0.4 in [t.point["objective.alpha"] for t in found.trials] or scheduler == "pbt"
