@@ -115,7 +115,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
         """Let every token look at every other."""
-        context = F.scaled_dot_product_attention(*self._heads(tokens))
+        query, key, value = self._heads(tokens)
+        context = F.scaled_dot_product_attention(query, key, value)
         return self.proj(context.transpose(1, 2).flatten(2))
 
     def look(
@@ -126,10 +127,10 @@ class SelfAttention(nn.Module):
         shares = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
         return self.proj((shares @ value).transpose(1, 2).flatten(2)), shares
 
-    def _heads(self, tokens: Float[Tensor, "B L W"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, tokens: Float[Tensor, "B L W"]) -> Float[Tensor, "3 B H L S"]:
+        """Give queries, keys and values, each by head."""
         heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        return query, key, value
+        return heads.permute(2, 0, 3, 1, 4)
 
 
 class Mlp(nn.Module):

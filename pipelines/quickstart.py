@@ -112,8 +112,7 @@ def _run(
     out = config.out.absolute()
     training = _training(config, out)
     steps_per_epoch(config.num_images, config.batch_size)  # refuses more pairs than pictures
-    _clear(out)
-    write_config(config, out / "config.json")
+    _refuse_other_files(out)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -125,11 +124,16 @@ def _run(
 
     with stage("start Ray"):
         connect()
-        if len([node for node in ray.nodes() if node["Alive"]]) > 1:
+        if sum(node["Alive"] for node in ray.nodes()) > 1:
             raise InputError(
                 "the quickstart is for one machine, whose own web server it crawls, and this Ray"
                 " has several. Unset RAY_ADDRESS."
             )
+    if out.exists():  # empty, or of an earlier quickstart
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+    write_config(config, out / "config.json")
     with stage("crawl"):
         crawled = _crawl_shapes(config, out)
     with stage("ingest"), bars() as show:
@@ -242,16 +246,12 @@ def _training(config: QuickstartConfig, out: Path) -> PretrainConfig:
     )
 
 
-def _clear(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise InputError(
-                f"--out {out}: holds files that no quickstart made."
-                " Name another folder, or empty this one yourself."
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).touch()
+def _refuse_other_files(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise InputError(
+            f"--out {out}: holds files that no quickstart made."
+            " Name another folder, or empty this one yourself."
+        )
 
 
 def _crawl_shapes(config: QuickstartConfig, out: Path) -> CrawlReport:

@@ -39,6 +39,21 @@ def test_impossible_flags_are_refused_before_an_earlier_quickstart_is_lost(
     assert (tmp_path / "summary.json").read_text() == "kept"
 
 
+def test_a_ray_of_several_machines_is_refused_before_an_earlier_quickstart_is_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "made-by-quickstart").touch()
+    (tmp_path / "summary.json").write_text("kept")
+    monkeypatch.setattr("pipelines.quickstart.connect", lambda: None)
+    nodes = [{"Alive": True}, {"Alive": False}, {"Alive": True}]
+    monkeypatch.setattr("pipelines.quickstart.ray.nodes", lambda: nodes)
+
+    with pytest.raises(InputError, match=r"for one machine.* Unset RAY_ADDRESS"):
+        quickstart(QuickstartConfig(out=tmp_path))
+
+    assert (tmp_path / "summary.json").read_text() == "kept"
+
+
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("kept")
 
