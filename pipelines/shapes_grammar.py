@@ -1,5 +1,6 @@
 """What is said about generated pictures: captions, questions, entailment, statements on pairs."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.shapes_scene import BACKGROUNDS, COLORS, OUTLINES, Dice, Scene, Thing
@@ -41,59 +42,51 @@ CAPTIONS_PER_PICTURE = 3
 
 
 def describe(scene: Scene, dice: Dice) -> list[str]:
-    """Write the captions: paraphrases that each name every color, shape and relation."""
+    """Write the captions: paraphrases, terse as alt texts, that each name every color and shape."""
     forms = _forms_of_one if len(scene.things) == 1 else _forms_of_several
     return dice.deal(forms(scene, dice), CAPTIONS_PER_PICTURE)
 
 
 def _forms_of_one(scene: Scene, dice: Dice) -> list[str]:
     thing = scene.things[0]
-    full, background = _article(_sized(thing, dice)), scene.background
+    full, background = _sized(thing, dice), scene.background
     return [
-        f"{full} {scene.spot} on a {background} background",
-        f"{scene.spot} there is {full}, the background is {background}",
+        f"{full} {scene.spot} on {background} background",
+        f"{scene.spot}: {full}, {background} background",
         f"{background} background with {full} {scene.spot}",
-        f"only {_article(thing.name)} {scene.spot}, it is {dice.pick(SIZES[thing.size])}",
+        f"{thing.name} {scene.spot}, {dice.pick(SIZES[thing.size])}",
     ]
 
 
 def _forms_of_several(scene: Scene, dice: Dice) -> list[str]:
-    subject, others = scene.things[0], scene.things[1:]
-    background = scene.background
+    subject, background = scene.things[0], scene.background
 
-    def relation(name: str) -> str:
-        return dice.pick(RELATIONS[name])
+    def related(to: Callable[[Thing], str]) -> str:
+        """Say how the subject lies to each other thing, which goes by what `to` calls it."""
+        return " and ".join(
+            f"{dice.pick(RELATIONS[fact.name])} {to(scene.things[fact.object])}"
+            for fact in scene.relations
+        )
 
-    def full(thing: Thing) -> str:
-        return _article(_sized(thing, dice))
-
-    forward = " and ".join(
-        f"{relation(fact.name)} {full(scene.things[fact.object])}" for fact in scene.relations
-    )
+    full = _sized(subject, dice)
     backward = " and ".join(
-        f"{full(scene.things[fact.object])} {relation(INVERSE[fact.name])} it"
+        f"{_sized(scene.things[fact.object], dice)} {dice.pick(RELATIONS[INVERSE[fact.name]])} it"
         for fact in scene.relations
     )
-    listed = " and ".join(_article(thing.name) for thing in others)
-    facts = " and ".join(
-        f"{relation(fact.name)} the {scene.things[fact.object].shape}" for fact in scene.relations
-    )
-    compared = " and ".join(
-        f"{relation(fact.name)} {_compared(subject, scene.things[fact.object])}"
-        for fact in scene.relations
-    )
+    names = " and ".join(thing.name for thing in scene.things)
     return [
-        f"{full(subject)} {forward} on a {background} background",
-        f"{full(subject)} with {backward}, the background is {background}",
-        f"there is {_article(subject.name)} with {listed}, the {subject.shape} is {facts}",
-        f"{background} background with {_article(subject.name)} {compared}",
+        f"{full} {related(lambda thing: _sized(thing, dice))} on {background} background",
+        f"{full} with {backward}, {background} background",
+        f"{names}, {subject.shape} {related(lambda thing: thing.shape)}",
+        f"{background} background with {subject.name} "
+        + related(lambda thing: _compared(subject, thing)),
     ]
 
 
 def _compared(subject: Thing, other: Thing) -> str:
     if subject.size == other.size:
-        return _article(other.name)
-    return f"a {'smaller' if subject.size == 'large' else 'bigger'} {other.name}"
+        return other.name
+    return f"{'smaller' if subject.size == 'large' else 'bigger'} {other.name}"
 
 
 def _sized(thing: Thing, dice: Dice) -> str:

@@ -19,10 +19,10 @@ from pipelines.shapes_scene import (
     throw_scene,
 )
 
-CIRCLE = Thing("red", "circle", "large", 26.0, 48.0, 18.0, 1.0)
+RING = Thing("red", "ring", "large", 26.0, 48.0, 18.0, 1.0)
 SQUARE = Thing("blue", "square", "small", 70.0, 48.0, 11.0, 1.0)
-PAIR = Scene((CIRCLE, SQUARE), (Relation(0, "left of", 1),), "", "white", 1.0)
-SINGLE = Scene((CIRCLE,), (), "on the left", "black", 1.0)
+PAIR = Scene((RING, SQUARE), (Relation(0, "left of", 1),), "", "white", 1.0)
+SINGLE = Scene((RING,), (), "on the left", "black", 1.0)
 
 
 def truth(index: int, **noise: float) -> dict:
@@ -194,8 +194,8 @@ def test_contradictions_of_a_pair_are_false_in_it():
 
 def test_statements_on_a_pair_are_true_or_false_as_labeled():
     known = {
-        "there is a circle in both images": True,
-        "exactly one image shows a circle": False,
+        "there is a ring in both images": True,
+        "exactly one image shows a ring": False,
         "exactly one image shows a square": True,
         "the right image shows a square": False,
         "something red is in both images": True,
