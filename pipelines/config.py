@@ -373,7 +373,7 @@ class QuickstartConfig:
     """Pictures to train on."""
     num_held_out: int = 500
     """Unseen pictures to evaluate on."""
-    steps: int = 440
+    steps: int = 400
     """Optimizer steps of `tiny`."""
     batch_size: int = 32
     """Pairs in a global batch."""
