@@ -31,8 +31,8 @@ REDUCTIONS = (
     (4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
     (2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
 )
-"""A JPEG decodes to an eighth, a quarter or a half of its size for less work. OpenCV names these for
-gray and for BGR; with the flag of RGB added, those for gray give RGB."""
+"""A JPEG decodes to an eighth, a quarter or a half of its size for less work. With OpenCV's flag of
+RGB added, these give RGB."""
 ROOM = 1.5
 """How much larger than wanted it must still be then: 36 to 45 dB from a whole decode, measured on
 photographs of Flickr8k; without room 32 to 39 dB."""
