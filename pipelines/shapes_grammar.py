@@ -42,7 +42,7 @@ CAPTIONS_PER_PICTURE = 3
 
 
 def describe(scene: Scene, dice: Dice) -> list[str]:
-    """Write the captions: paraphrases, terse as alt texts, that each name every color and shape."""
+    """Write the captions: terse as alt texts, each with every color, shape and relation."""
     forms = _forms_of_one if len(scene.things) == 1 else _forms_of_several
     return dice.deal(forms(scene, dice), CAPTIONS_PER_PICTURE)
 
